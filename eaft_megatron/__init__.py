@@ -1,0 +1,22 @@
+"""Entropy-adaptive fine-tuning (EAFT) for Megatron-style training. Importing this needs torch alone."""
+
+from eaft_megatron._version import __version__
+from eaft_megatron.loss.gates import EAFTGate, Gate, GateOutput, SFTGate
+from eaft_megatron.loss.token_stats import TokenStats
+from eaft_megatron.loss.vocab_parallel import (
+    vocab_parallel_eaft_loss,
+    vocab_parallel_token_loss,
+    vocab_parallel_topk_entropy,
+)
+
+__all__ = [
+    "EAFTGate",
+    "Gate",
+    "GateOutput",
+    "SFTGate",
+    "TokenStats",
+    "__version__",
+    "vocab_parallel_eaft_loss",
+    "vocab_parallel_token_loss",
+    "vocab_parallel_topk_entropy",
+]

@@ -1,0 +1,1 @@
+"""The losses: torch only, no Megatron, no configuration, no global state."""

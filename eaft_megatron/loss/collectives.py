@@ -1,0 +1,46 @@
+"""The only places where the loss talks to other ranks. Each docstring counts calls and bytes.
+
+N is the number of tokens, W the numbers sent per token, tp the size of the tensor-parallel group, and a number
+takes 4 bytes (8 for float64 logits). Nothing here is called in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed it and warns at every use of the old name.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """``(rank, size)`` in the group; ``(0, 1)`` for None, which here means "not sharded" and not "the world"."""
+    if group is None:
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
+def all_gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Every rank's rows, in rank order: ``[N, W]`` -> ``[tp, N, W]``.
+
+    One all-gather; each rank sends N x W numbers and receives tp times that. With W = K + 2 (the largest logits,
+    the sum of exponentials, the target's logit) this is the whole traffic of the packed exchange.
+    """
+    _, size = group_rank_and_size(group)
+    if size == 1:
+        return local.unsqueeze(0)
+    gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
+    _all_gather(gathered, local.contiguous(), group=group)
+    return gathered.view(size, *local.shape)
+
+
+def all_reduce_sum(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Sum over the ranks of the group, in place: one all-reduce of the tensor's own size.
+
+    In the split exchange the tensor is ``[2, N]``: the sum of exponentials and the target's logit. The result is
+    the same on every rank only where the backend's all-reduce is deterministic.
+    """
+    _, size = group_rank_and_size(group)
+    if size > 1:
+        dist.all_reduce(local, op=dist.ReduceOp.SUM, group=group)
+    return local
