@@ -1,0 +1,212 @@
+"""The loss hook: what megatron-core calls to turn logits into a loss.
+
+``LanguageModule.compute_language_model_loss(labels [b, s], logits [s, b, V/tp]) -> [b, s]`` is the one method that
+every megatron-core release and every language model calls. It sees neither the loss mask nor packing, so a thin
+wrapper around the caller (``_postprocess``) notes those by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eaft_megatron.hooks.settings import LossSettings
+from eaft_megatron.loss.token_stats import TokenStats
+from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
+
+_METHOD = "compute_language_model_loss"
+_NOTED = ("labels", "loss_mask", "packed_seq_params")
+_IGNORE_INDEX = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """What the hook saw of one micro-batch: detached, each tensor ``[b, s]``. ``loss`` is what the gate made of it."""
+
+    loss: Tensor
+    stats: TokenStats
+
+
+@dataclasses.dataclass
+class LossHook:
+    """An installed hook.
+
+    Attributes:
+        settings: as given to :func:`install`.
+        latest: what was seen of the newest micro-batch. It is left in place when read, since a replayed CUDA graph
+            fills the same tensors without running any Python.
+        calls: how often the hook computed a loss.
+    """
+
+    settings: LossSettings
+    latest: Observation | None = None
+    calls: int = 0
+    _noted: dict[str, Any] | None = None
+    _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+
+    def compute(self, model: torch.nn.Module, labels: Tensor, logits: Tensor, original: Callable) -> Tensor:
+        """The hooked method: per-token loss ``[b, s]`` from labels ``[b, s]`` and logits ``[s, b, V/tp]``.
+
+        Training: the gate's loss. Evaluation (``model.eval()``): the plain cross entropy over the true vocabulary.
+        """
+        if self._noted is not None and labels is not self._noted["labels"]:
+            return original(model, labels, logits)  # a multi-token-prediction head: rolled labels, plain cross entropy
+        target = _masked_target(labels, (self._noted or {}).get("loss_mask"))
+        loss, stats = vocab_parallel_token_loss(
+            logits,
+            target.transpose(0, 1).contiguous(),
+            self.settings.gate(),
+            group=_tensor_parallel_group(model),
+            topk=self.settings.topk,
+            vocab_size=self.settings.true_vocab_size,
+            ignore_index=_IGNORE_INDEX,
+            inplace_backward=True,
+            return_stats=True,
+        )
+        self.latest = Observation(
+            loss.detach().transpose(0, 1),
+            dataclasses.replace(
+                stats,
+                **{
+                    field: value.transpose(0, 1)
+                    for field in ("ce", "entropy", "weight", "valid")
+                    if (value := getattr(stats, field)) is not None
+                },
+            ),
+        )
+        self.calls += 1
+        return (loss if model.training else stats.ce).transpose(0, 1).contiguous()
+
+    def remove(self) -> None:
+        """Put Megatron's own methods back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+_installed: LossHook | None = None
+
+
+def installed() -> LossHook | None:
+    """The hook in force, or None."""
+    return _installed
+
+
+def install(settings: LossSettings) -> LossHook:
+    """Make every megatron-core language model of this process compute its loss as ``settings`` say.
+
+    Models need not be built yet. The hook follows the host's ``loss_mask`` where the model is given one: a token
+    whose mask is 0 is ignored before anything else is computed from it. ``"sft"`` is the plain cross entropy over the
+    true vocabulary; Megatron's own, which counts the padded columns too, is what runs when nothing is installed.
+
+    Raises:
+        ValueError: a hook is installed already, or this megatron-core's loss method is not the one we know, or a
+            subclass overrides it (its losses would silently not be ours).
+    """
+    global _installed
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    if _installed is not None:
+        raise ValueError("the EAFT loss hook is installed already; call eaft_megatron.hooks.uninstall() first")
+    _check_signature(LanguageModule)
+    _check_overrides(LanguageModule)
+    hook = LossHook(settings)
+    original = getattr(LanguageModule, _METHOD)
+
+    @functools.wraps(original)
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        return hook.compute(self, labels, logits, original)
+
+    _rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
+    _note_arguments(hook, GPTModel, "_postprocess" if hasattr(GPTModel, "_postprocess") else "forward")
+    _installed = hook
+    return hook
+
+
+def uninstall() -> None:
+    """Put Megatron's own methods back; does nothing when no hook is installed."""
+    global _installed
+    if _installed is not None:
+        _installed.remove()
+        _installed = None
+
+
+def _rebind(hook: LossHook, owner: type, name: str, replacement: Callable) -> None:
+    original = owner.__dict__[name]
+    setattr(owner, name, replacement)
+    hook._undo.append(lambda: setattr(owner, name, original))
+    assert getattr(owner, name) is replacement
+
+
+def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
+    """Wrap ``owner.name`` so that the hook knows the labels, loss mask and packing of the call it serves."""
+    original = owner.__dict__[name]
+    signature = inspect.signature(original)
+    if "labels" not in signature.parameters:
+        raise ValueError(f"{owner.__name__}.{name} of this megatron-core takes no labels: unknown version")
+
+    @functools.wraps(original)
+    def noting(self, *args, **kwargs):
+        if getattr(type(self), _METHOD) is not getattr(_language_module(), _METHOD) or _METHOD in vars(self):
+            raise ValueError(
+                f"{type(self).__name__} overrides {_METHOD}: its loss would not be --loss-type "
+                f"{hook.settings.loss_type}. Remove the override, or call vocab_parallel_eaft_loss in it"
+            )
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        outer, hook._noted = hook._noted, {key: arguments.get(key) for key in _NOTED}
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            hook._noted = outer
+
+    _rebind(hook, owner, name, noting)
+
+
+def _language_module() -> type:
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    return LanguageModule
+
+
+def _check_signature(owner: type) -> None:
+    parameters = list(inspect.signature(getattr(owner, _METHOD)).parameters)
+    if parameters != ["self", "labels", "logits"]:
+        raise ValueError(
+            f"{owner.__name__}.{_METHOD} of this megatron-core takes ({', '.join(parameters)}), not (self, labels, "
+            "logits): unknown version; call vocab_parallel_eaft_loss yourself, or install a supported megatron-core"
+        )
+
+
+def _check_overrides(owner: type) -> None:
+    for subclass in owner.__subclasses__():
+        if _METHOD in vars(subclass):
+            raise ValueError(
+                f"{subclass.__module__}.{subclass.__qualname__} overrides {_METHOD}, so the hook would never be "
+                "called for it. Remove the override, or call vocab_parallel_eaft_loss in it"
+            )
+        _check_overrides(subclass)
+
+
+def _masked_target(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """Labels ``[b, s]`` with ignore_index wherever the host's loss mask is 0."""
+    if loss_mask is None:
+        return labels
+    if loss_mask.numel() != labels.numel():
+        raise ValueError(f"loss_mask {tuple(loss_mask.shape)} and labels {tuple(labels.shape)} differ in size")
+    return labels.masked_fill(loss_mask.reshape(labels.shape) == 0, _IGNORE_INDEX)
+
+
+def _tensor_parallel_group(model: torch.nn.Module):
+    """The model's own tensor-parallel group: a fork may run several models on different ones."""
+    collection = getattr(model, "pg_collection", None)
+    if collection is not None and getattr(collection, "tp", None) is not None:
+        return collection.tp
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()

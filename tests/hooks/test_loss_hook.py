@@ -1,0 +1,205 @@
+"""The loss hook on a real megatron-core GPTModel, in one process."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from eaft_megatron.hooks import LossSettings, add_eaft_arguments, install, installed, settings_from_args, uninstall
+from eaft_megatron.hooks.metrics import METRICS, metric_sums, wrap_forward_step
+from eaft_megatron.loss.reference import reference_eaft_loss
+from eaft_megatron.testing import run_distributed
+
+VOCAB = 90  # the tiny model's embedding has 96 rows: six columns of padding
+
+
+def _batch() -> dict[str, torch.Tensor]:
+    from eaft_megatron.testing.tiny_gpt import global_batch
+
+    return global_batch(0, samples=2, vocab_size=VOCAB)
+
+
+def _call(model, batch, **kwargs):
+    return model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **kwargs)
+
+
+def _expected(model, batch, mask: bool):
+    """The reference on the model's own logits, [b, s, V] without labels."""
+    with torch.no_grad():
+        logits = model(batch["tokens"], batch["position_ids"], None).double()
+    target = batch["labels"].masked_fill(batch["loss_mask"] == 0, -100) if mask else batch["labels"]
+    return reference_eaft_loss(logits, target, vocab_size=VOCAB)
+
+
+def _in_megatron(check) -> None:
+    """Run ``check(model)`` with a tiny GPTModel, CUDA stood in for."""
+    from eaft_megatron.testing.cpu import cpu_standins
+
+    with cpu_standins():
+        from eaft_megatron.testing.tiny_gpt import build_tiny_gpt, model_parallel, tiny_config
+
+        with model_parallel():
+            check(build_tiny_gpt(tiny_config())[0])
+
+
+def _check_losses(model) -> None:
+    batch = _batch()
+    plain = _call(model, batch).detach()
+    hook = install(LossSettings("eaft", true_vocab_size=VOCAB))
+    try:
+        for mask in (True, False):
+            loss, ce, entropy, weight = _expected(model, batch, mask)
+            given = {"loss_mask": batch["loss_mask"]} if mask else {}
+            actual = _call(model.train(), batch, **given)
+            torch.testing.assert_close(actual.double(), loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(hook.latest.stats.weight.double(), weight, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(hook.latest.stats.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+            # In evaluation the same call is the plain cross entropy, and the metrics still are EAFT's.
+            evaluated = _call(model.eval(), batch, **given)
+            torch.testing.assert_close(evaluated.double(), ce, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(hook.latest.loss.double(), loss, rtol=1e-5, atol=1e-6)
+        assert hook.calls == 4
+    finally:
+        uninstall()
+    assert installed() is None
+    torch.testing.assert_close(_call(model.train(), batch), plain, rtol=0, atol=0)
+
+
+def _check_masked_labels_may_be_anything(model) -> None:
+    """Where the host's mask is 0 the label is not even looked at."""
+    batch = _batch()
+    batch["labels"] = batch["labels"].masked_fill(batch["loss_mask"] == 0, 10**6)
+    install(LossSettings("eaft", true_vocab_size=VOCAB))
+    try:
+        loss = _call(model, batch, loss_mask=batch["loss_mask"])
+        assert loss.isfinite().all()
+        assert loss[batch["loss_mask"] == 0].count_nonzero() == 0
+        with pytest.raises(ValueError, match="outside the vocabulary of 90"):
+            _call(model, batch)
+        with pytest.raises(ValueError, match=r"loss_mask \(2, 8\) and labels \(2, 16\)"):
+            _call(model, batch, loss_mask=batch["loss_mask"][:, :8])
+    finally:
+        uninstall()
+
+
+def _check_refusals(model) -> None:
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from megatron.core.models.gpt import GPTModel
+
+    install(LossSettings())
+    try:
+        with pytest.raises(ValueError, match="installed already"):
+            install(LossSettings())
+        model.compute_language_model_loss = lambda labels, logits: logits.sum()
+        with pytest.raises(ValueError, match="GPTModel overrides compute_language_model_loss"):
+            _call(model, _batch())
+    finally:
+        uninstall()
+    del model.compute_language_model_loss
+
+    overriding = type("Overriding", (GPTModel,), {"compute_language_model_loss": lambda self, labels, logits: 0})
+    with pytest.raises(ValueError, match="Overriding overrides compute_language_model_loss"):
+        install(LossSettings())
+    del overriding.compute_language_model_loss
+
+    original = LanguageModule.compute_language_model_loss
+    try:
+        LanguageModule.compute_language_model_loss = lambda self, labels, logits, extra: 0
+        with pytest.raises(ValueError, match=r"takes \(self, labels, logits, extra\)"):
+            install(LossSettings())
+    finally:
+        LanguageModule.compute_language_model_loss = original
+    assert installed() is None
+
+
+def _check_other_labels_are_left_alone(model) -> None:
+    """Multi-token prediction calls the method with rolled labels: Megatron's own cross entropy answers."""
+    batch = _batch()
+    logits = torch.randn(16, 2, 96)
+    hook = install(LossSettings("eaft", true_vocab_size=VOCAB))
+    try:
+        hook._noted = {"labels": batch["labels"], "loss_mask": None}
+        rolled = model.compute_language_model_loss(batch["labels"].roll(-1, 1), logits.clone())
+        assert hook.calls == 0
+        model.compute_language_model_loss(batch["labels"], logits.clone())
+        assert hook.calls == 1
+    finally:
+        uninstall()
+    expected = torch.nn.functional.cross_entropy(logits.permute(1, 2, 0), batch["labels"].roll(-1, 1), reduction="none")
+    torch.testing.assert_close(rolled, expected, rtol=1e-5, atol=1e-5)
+
+
+def _check_metrics(model) -> None:
+    from eaft_megatron.testing.tiny_gpt import masked_sum
+
+    batch = _batch()
+    mask = batch["loss_mask"]
+    hook = install(LossSettings("eaft", true_vocab_size=VOCAB))
+    try:
+
+        def host(*_):
+            return _call(model, batch, loss_mask=mask), functools.partial(masked_sum, mask)
+
+        output, loss_func = wrap_forward_step(host, hook)(None, model)
+        total, count, report = loss_func(output)
+    finally:
+        uninstall()
+    loss, ce, entropy, weight = _expected(model, batch, mask=True)
+    p = (-ce).exp()
+    conflict = ((entropy / torch.tensor(20.0).log() < 0.17) & (p < 0.1) & (mask != 0)).double()
+    assert list(report) == list(METRICS)
+    for name, value in zip(METRICS, (ce, loss, weight, entropy, conflict), strict=True):
+        assert report[name][1] == count == mask.sum()
+        assert float(report[name][0]) == pytest.approx(float(value.sum()), rel=1e-5, abs=1e-6), name
+    assert float(total) == pytest.approx(float(loss.sum()), rel=1e-5)
+    with pytest.raises(RuntimeError, match="loss hook was not called"):
+        hook.latest = None
+        loss_func(output)
+
+
+CHECKS = (
+    _check_losses,
+    _check_masked_labels_may_be_anything,
+    _check_refusals,
+    _check_other_labels_are_left_alone,
+    _check_metrics,
+)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("_check_"))
+def test_hook(check):
+    """Each check in a process of its own: the hook and megatron-core keep state in classes and modules."""
+    pytest.importorskip("megatron.core")
+    run_distributed(_in_megatron, 1, check, timeout=90)
+
+
+def test_metrics_ignore_what_the_host_masks_late():
+    """A NaN at a token whose loss mask is 0 does not reach a sum."""
+    from eaft_megatron import vocab_parallel_eaft_loss
+    from eaft_megatron.hooks.loss_hook import Observation
+
+    logits = torch.randn(1, 3, 30)
+    logits[0, 1] = float("nan")
+    loss, stats = vocab_parallel_eaft_loss(logits, torch.tensor([[1, 2, 3]]), return_stats=True)
+    sums = metric_sums(Observation(loss, stats), torch.tensor([[1.0, 0.0, 1.0]]))
+    assert all(value.isfinite() for value in sums.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss-type", "eaft", "--eaft-alpha", "-1"], "--eaft-alpha"),
+        (["--loss-type", "eaft", "--eaft-topk", "0"], "--eaft-topk"),
+        (["--loss-type", "eaft", "--eaft-entropy-norm", "0"], "--eaft-entropy-norm"),
+        (["--true-vocab-size", "0"], "--true-vocab-size"),
+    ],
+)
+def test_a_bad_flag_is_named(flags, message):
+    """The ValueError says which flag is wrong."""
+    import argparse
+
+    args = add_eaft_arguments(argparse.ArgumentParser()).parse_args(flags)
+    with pytest.raises(ValueError, match=message):
+        settings_from_args(args)
