@@ -1,0 +1,17 @@
+"""Hugging Face models in megatron-core and back: configuration, model, weights. Importing this needs torch alone."""
+
+from .build import build_model, layer_spec
+from .hf_config import read_hf_config
+from .load import load_hf_weights
+from .megatron_config import padded_vocab_size, transformer_config
+from .save import save_hf_weights
+
+__all__ = [
+    "build_model",
+    "layer_spec",
+    "load_hf_weights",
+    "padded_vocab_size",
+    "read_hf_config",
+    "save_hf_weights",
+    "transformer_config",
+]

@@ -1,0 +1,157 @@
+"""GPTModel and its layer spec. Nothing here initialises weights: a parameter nobody loads stays NaN."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from .architecture import find_entry
+from .chunks import parameters
+from .config_fields import is_tied
+from .hf_config import architecture_of
+from .megatron_config import padded_vocab_size
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+_IMPLEMENTATIONS = ("local", "transformer_engine")
+
+
+def layer_spec(hf_config: dict, config: TransformerConfig, transformer_impl: str = "local") -> ModuleSpec:
+    """megatron-core's spec of one transformer layer.
+
+    transformer_impl: "local" (megatron-core's own modules and torch's RMSNorm, whatever Apex or Transformer Engine
+        may be installed) or "transformer_engine".
+
+    Raises:
+        ValueError: an unknown transformer_impl, Transformer Engine asked for and not installed, or context
+            parallelism, which local modules do not offer.
+    """
+    if transformer_impl not in _IMPLEMENTATIONS:
+        raise ValueError(f"--transformer-impl {transformer_impl}: use {' or '.join(_IMPLEMENTATIONS)}")
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    if transformer_impl == "transformer_engine":
+        if not gpt_layer_specs.HAVE_TE:
+            raise ValueError(
+                "--transformer-impl transformer_engine: Transformer Engine cannot be imported; install it "
+                "(pip install transformer-engine[pytorch], needs a GPU build) or use --transformer-impl local"
+            )
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            "--context-parallel-size needs --transformer-impl transformer_engine: the local attention has none"
+        )
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalRMSNorm
+    return spec
+
+
+class LocalRMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor megatron-core expects.
+
+    megatron-core's own wrapper around the same class refuses sequence parallelism, for which nothing is missing but
+    the mark on the parameter by which finalize_model_grads sums its gradient over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        assert config.normalization == "RMSNorm", config.normalization
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
+def build_model(
+    hf_config: dict,
+    config: TransformerConfig,
+    *,
+    transformer_impl: str = "local",
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    max_sequence_length: int | None = None,
+    make_vocab_size_divisible_by: int = 128,
+) -> GPTModel:
+    """One GPTModel (or pipeline stage, or virtual chunk of one) for `load_hf_weights`; logits [b, s, padded V / tp].
+
+    Parameters are NaN until loaded, unless config.perform_initialization is set. max_sequence_length defaults to the
+    model's max_position_embeddings. A collective over the embedding group where embeddings are tied and pipeline
+    parallelism is used (megatron-core's, in GPTModel's constructor).
+
+    Raises:
+        ValueError: see `layer_spec`; both pre_process and post_process on one of several pipeline stages.
+    """
+    if config.pipeline_model_parallel_size > 1 and pre_process and post_process:
+        raise ValueError(
+            "build_model: pre_process and post_process cannot both be true with "
+            f"{config.pipeline_model_parallel_size} pipeline stages: true on the first and on the last one only"
+        )
+    spec = layer_spec(hf_config, config, transformer_impl)
+    from megatron.core.models.gpt import GPTModel
+
+    fields = {
+        "max_sequence_length": max_sequence_length or hf_config.get("max_position_embeddings", 2048),
+        "pre_process": pre_process,
+        "post_process": post_process,
+        "parallel_output": True,
+        "share_embeddings_and_output_weights": is_tied(hf_config),
+        "position_embedding_type": "rope",
+        **architecture_of(hf_config).model_fields(hf_config),
+    }
+    fields |= _stage_argument(GPTModel, vp_stage)
+    vocab = padded_vocab_size(hf_config["vocab_size"], config.tensor_model_parallel_size, make_vocab_size_divisible_by)
+    model = GPTModel(config, _block_spec(spec, config, transformer_impl, vp_stage), vocab, **fields)
+    if not config.perform_initialization:
+        _mark_tensor_parallel(model, hf_config)
+        _fill_with_nan(model)
+    return model
+
+
+def _block_spec(spec: ModuleSpec, config: TransformerConfig, transformer_impl: str, vp_stage: int | None):
+    """The layers of this stage with the final norm named: left alone, megatron-core takes Transformer Engine's, or
+    Apex's LayerNorm, by what happens to be installed, whatever the layers use."""
+    from megatron.core.transformer import transformer_block
+
+    if transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine import TENorm as norm
+    else:
+        norm = LocalRMSNorm
+    count = transformer_block.get_num_layers_to_build
+    layers = count(config, **_stage_argument(count, vp_stage))
+    return transformer_block.TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+
+
+def _stage_argument(function: Callable, vp_stage: int | None) -> dict[str, int | None]:
+    """vp_stage as an argument; megatron-core 0.12 wants it in a global instead, as its own get_model sets it."""
+    if "vp_stage" in inspect.signature(function).parameters:
+        return {"vp_stage": vp_stage}
+    if vp_stage is not None:
+        from megatron.core import parallel_state
+
+        parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
+    return {}
+
+
+def _mark_tensor_parallel(model: GPTModel, hf_config: dict) -> None:
+    """Say which parameters are split over the ranks. megatron-core's local linear layers say it only when they
+    initialise their weights, and its gradient norm takes an unmarked parameter for a copy and counts one rank's."""
+    table = architecture_of(hf_config).table(is_tied(hf_config))
+    for name, _, parameter in parameters([model]):
+        partition = find_entry(table, name).kind.partition
+        if partition and not getattr(parameter, "tensor_model_parallel", False):
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim, parameter.partition_stride = partition
+
+
+@torch.no_grad()
+def _fill_with_nan(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.fill_(float("nan"))

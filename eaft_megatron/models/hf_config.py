@@ -1,0 +1,49 @@
+"""config.json of a Hugging Face folder: read it, find the architecture, refuse what cannot be honoured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .architecture import Architecture
+from .llama import LLAMA
+
+ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA,)}
+
+
+def read_hf_config(hf_dir: str | Path) -> dict:
+    """Parse hf_dir/config.json and check that the model it describes is one we reproduce exactly.
+
+    Returns the dictionary as it stands in the file.
+
+    Raises:
+        ValueError: no such folder or file, not JSON, an architecture without a weight table (the message lists those
+            that have one), or a value that megatron-core could not honour; the message names the field.
+    """
+    folder = Path(hf_dir)
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not a folder: give a local Hugging Face model folder (config.json, *.safetensors)"
+        )
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: is it a Hugging Face model folder?")
+    try:
+        hf_config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(hf_config, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    architecture_of(hf_config).check(hf_config)
+    return hf_config
+
+
+def architecture_of(hf_config: dict) -> Architecture:
+    """The architecture config.json names; ValueError listing the known ones otherwise."""
+    names = hf_config.get("architectures") or []
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    known = ", ".join(sorted(ARCHITECTURES))
+    what = ", ".join(map(str, names)) or "missing"
+    raise ValueError(f'config.json: "architectures" is {what}; known here: {known}')
