@@ -1,0 +1,88 @@
+"""Imports run one way: loss <- hooks <- train. Held on the syntax trees, so that lazy imports count too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "eaft_megatron"
+HOST = {"megatron", "apex", "transformer_engine"}
+OURS = "eaft_megatron"
+
+
+def _imports(path: Path) -> set[str]:
+    """Every module a file names in an import, as absolute dotted names; relative imports resolved."""
+    package = (OURS, *path.relative_to(ROOT).parts[:-1])
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _violations(path: Path) -> list[str]:
+    """What this file imports and must not."""
+    place = path.relative_to(ROOT).as_posix()
+    imports = _imports(path)
+    roots = {name.partition(".")[0] for name in imports}
+    ours = {name for name in imports if name == OURS or name.startswith(f"{OURS}.")}
+    bad: set[str] = set()
+
+    def forbid(*prefixes: str) -> None:
+        bad.update(name for name in ours if any(f"{name}.".startswith(f"{OURS}.{prefix}.") for prefix in prefixes))
+
+    if place == "__init__.py":
+        bad |= roots & (HOST | {"transformers", "datasets", "yaml"})
+        forbid("hooks", "models", "data", "training", "train", "testing", "analysis")
+    if place.startswith("loss/"):
+        bad |= roots - {"torch", "triton", OURS, *sys.stdlib_module_names}
+        forbid("hooks", "models", "data", "training", "train", "testing", "analysis")
+    if place.startswith("loss/kernels/"):
+        bad |= {name for name in imports if name.startswith("torch.distributed")}
+    if place == "loss/reference.py":
+        bad |= ours
+    if place.startswith("hooks/"):
+        forbid("models", "data", "training", "train", "testing", "analysis")
+    if place.startswith(("models/", "data/", "analysis/")):
+        forbid("hooks", "training", "train", "testing")
+    # The stand-ins are for tests and for the CPU path of the entrypoints, and this is where those enter them.
+    if not place.startswith("testing/") and place not in ("training/setup.py", "run.py"):
+        forbid("testing")
+    return sorted(bad)
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_run_downwards(path):
+    """No file imports what lies above it."""
+    assert _violations(path) == []
+
+
+def test_a_violation_is_seen():
+    """The rule above is not vacuous: hooks would not pass as loss."""
+    path = ROOT / "loss" / "imagined.py"
+    try:
+        path.write_text("def f():\n    from ..hooks import install\n    import megatron.core\n")
+        assert _violations(path) == [f"{OURS}.hooks", f"{OURS}.hooks.install", "megatron"]
+    finally:
+        path.unlink()
+
+
+def test_importing_the_package_needs_torch_alone():
+    """`import eaft_megatron` pulls in neither Megatron nor transformers nor our own upper layers."""
+    code = (
+        "import sys, eaft_megatron, eaft_megatron.hooks, eaft_megatron.models\n"
+        "bad = {'megatron', 'transformers', 'datasets', 'triton', 'safetensors', 'yaml'} & set(sys.modules)\n"
+        "assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT.parent)
