@@ -67,6 +67,11 @@ def _check_model(args: argparse.Namespace) -> None:
             "leave the flag out"
         )
     args.true_vocab_size = hf_config["vocab_size"]
+    if columns := settings_from_args(args).gate().needs_side:
+        raise ValueError(
+            f"--loss-type {args.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
+            "data, which chat JSONL does not carry; vocab_parallel_token_loss takes them as side="
+        )
     if args.export_hf and os.path.isdir(args.export_hf) and os.listdir(args.export_hf):
         raise ValueError(f"--export-hf: {args.export_hf} exists and is not empty")
 

@@ -4,40 +4,51 @@ from __future__ import annotations
 
 import argparse
 
-from eaft_megatron.hooks.settings import GATES, LossSettings
+from eaft_megatron.hooks.settings import EAFT_GATES, GATES, LossSettings
+
+_FIELDS = {  # LossSettings field -> argparse destination
+    "loss_type": "loss_type",
+    "topk": "eaft_topk",
+    "alpha": "eaft_alpha",
+    "entropy_norm": "eaft_entropy_norm",
+    "true_vocab_size": "true_vocab_size",
+    "eaft_gate": "eaft_gate",
+    "threshold": "eaft_threshold",
+    "percentile": "eaft_percentile",
+    "talr_tau": "talr_tau",
+    "talr_min_weight": "talr_min_weight",
+    "sft_kl_beta": "sft_kl_beta",
+}
 
 
 def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the loss flags in a group of their own. Values stay str, int or float: Megatron pickles its arguments."""
     group = parser.add_argument_group("eaft", "entropy-adaptive fine-tuning (arXiv 2601.02151) and its baselines")
+
+    def add(flag: str, kind: type, metavar: str, text: str, default: float | None = None) -> None:
+        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
+
     group.add_argument("--loss-type", choices=list(GATES), default="sft", help="what to train with (default: sft)")
-    group.add_argument("--eaft-topk", type=int, default=20, metavar="K", help="logits in the entropy (default: 20)")
-    group.add_argument(
-        "--eaft-alpha", type=float, default=1.0, metavar="A", help="exponent of the linear gate, h ** A (default: 1)"
+    group.add_argument("--eaft-gate", choices=list(EAFT_GATES), default="linear", help="entropy to weight (linear)")
+    add("--eaft-topk", int, "K", "logits in the entropy (default: 20)", 20)
+    add("--eaft-alpha", float, "A", "linear gate: h ** A; the paper also tries 2 and 3 (default: 1)", 1.0)
+    add("--eaft-entropy-norm", float, "NATS", "divisor of the entropy (default: ln K; the authors' code uses 3.0)")
+    add("--eaft-threshold", float, "H", "threshold gate: train where h > H")
+    add(
+        "--eaft-percentile", float, "PCT", "threshold gate and conflict mask: percentile of the micro-batch (paper: 15)"
     )
-    group.add_argument(
-        "--eaft-entropy-norm",
-        type=float,
-        default=None,
-        metavar="NATS",
-        help="divisor of the entropy (default: ln K as in the paper; the authors' released code uses 3.0)",
-    )
-    group.add_argument(
-        "--true-vocab-size",
-        type=int,
-        default=None,
-        metavar="N",
-        help="vocabulary without padding, config.vocab_size of the Hugging Face model (default: count padded columns)",
-    )
+    add("--talr-tau", float, "T", "TALR: temperature (default: median of the sequences' mean loss)")
+    add("--talr-min-weight", float, "W", "TALR: floor of the weight (default: 0.01)", 0.01)
+    add("--sft-kl-beta", float, "B", "SFT-KL: weight of the KL term (default: 0.5)", 0.5)
+    add("--true-vocab-size", int, "N", "vocabulary without padding, config.vocab_size (default: count padded columns)")
     return parser
 
 
 def settings_from_args(args: argparse.Namespace) -> LossSettings:
     """:class:`LossSettings` from parsed flags; ``ValueError`` names the flag that is wrong."""
-    return LossSettings(
-        loss_type=args.loss_type,
-        topk=args.eaft_topk,
-        alpha=args.eaft_alpha,
-        entropy_norm=args.eaft_entropy_norm,
-        true_vocab_size=args.true_vocab_size,
-    )
+    return LossSettings(**{field: getattr(args, name) for field, name in _FIELDS.items()})
+
+
+def loss_arguments() -> tuple[str, ...]:
+    """The destinations of the loss flags in a parsed namespace: what makes two runs the same experiment."""
+    return tuple(_FIELDS.values())

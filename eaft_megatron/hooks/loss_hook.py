@@ -42,11 +42,14 @@ class LossHook:
         latest: what was seen of the newest micro-batch. It is left in place when read, since a replayed CUDA graph
             fills the same tensors without running any Python.
         calls: how often the hook computed a loss.
+        side: columns for gates that need more than logits ("ref_logprob", "sample_weight"), each ``[b, s]``; a host
+            that has them sets them before each forward pass.
     """
 
     settings: LossSettings
     latest: Observation | None = None
     calls: int = 0
+    side: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     _noted: dict[str, Any] | None = None
     _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
 
@@ -58,11 +61,18 @@ class LossHook:
         if self._noted is not None and labels is not self._noted["labels"]:
             return original(model, labels, logits)  # a multi-token-prediction head: rolled labels, plain cross entropy
         target = _masked_target(labels, (self._noted or {}).get("loss_mask"))
+        gate = self.settings.gate()
+        sequence_ids = None
+        if gate.needs_sequence_ids:
+            sequence_ids = _sequence_ids(labels, (self._noted or {}).get("packed_seq_params")).transpose(0, 1)
         loss, stats = vocab_parallel_token_loss(
             logits,
             target.transpose(0, 1).contiguous(),
-            self.settings.gate(),
+            gate,
             group=_tensor_parallel_group(model),
+            side={name: column.transpose(0, 1) for name, column in self.side.items()},
+            sequence_ids=sequence_ids,
+            reduce_group=_data_parallel_group(),
             topk=self.settings.topk,
             vocab_size=self.settings.true_vocab_size,
             ignore_index=_IGNORE_INDEX,
@@ -200,6 +210,29 @@ def _masked_target(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
     if loss_mask.numel() != labels.numel():
         raise ValueError(f"loss_mask {tuple(loss_mask.shape)} and labels {tuple(labels.shape)} differ in size")
     return labels.masked_fill(loss_mask.reshape(labels.shape) == 0, _IGNORE_INDEX)
+
+
+def _sequence_ids(labels: Tensor, packed_seq_params: Any) -> Tensor:
+    """``[b, s]`` int64: which sequence each token belongs to, numbered apart on every data-parallel rank.
+
+    Context-parallel ranks hold parts of the same sequences and number them alike.
+    """
+    from megatron.core import parallel_state
+
+    if packed_seq_params is not None:
+        raise ValueError(
+            "--loss-type talr takes its median over sequences, and packed sequences are not told apart in this "
+            "release: give --talr-tau, or do not pack"
+        )
+    rows = torch.arange(labels.shape[0], device=labels.device).unsqueeze(1).expand(labels.shape)
+    return rows + labels.shape[0] * parallel_state.get_data_parallel_rank()
+
+
+def _data_parallel_group():
+    """Data x context parallel, the scope of batch statistics."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _tensor_parallel_group(model: torch.nn.Module):

@@ -7,13 +7,18 @@ chunk stays in cache between the steps. Half-precision logits are widened in tha
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 _BLOCK = 128  # columns per block of the two-level top-K
-_CHUNK_NUMBERS_CPU = 16 * 152064  # 16 rows of Qwen's vocabulary: about 10 MB of float32, sized for a cache
+_CHUNK_NUMBERS_CPU = 2 * 152064  # two rows of Qwen's vocabulary in float32, 1.2 MB: the passes over a chunk stay in L2
 _CHUNK_NUMBERS_GPU = 1 << 26  # enough to fill a GPU: 256 MB of float32
+
+
+Spans = list[tuple[int, int]]
+"""Runs of rows, each from its first to before its last, ascending and apart from each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,37 +46,44 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def local_statistics(rows: Tensor, target: Tensor, shard: Shard, k: int, sum_squares: bool = False) -> Tensor:
+def spans_of(valid: Tensor) -> Spans:
+    """The runs of True in ``[N]`` bool. Looks at the values: a host sync on a GPU."""
+    padded = torch.zeros(valid.shape[0] + 2, dtype=torch.bool, device=valid.device)
+    padded[1:-1] = valid
+    edges = (padded[1:] != padded[:-1]).nonzero().squeeze(1).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def local_statistics(
+    rows: Tensor, target: Tensor, shard: Shard, k: int, *, spans: Spans | None = None, sum_squares: bool = False
+) -> Tensor:
     """This rank's share of every token's statistics: one read of the logits.
 
     Args:
         rows: ``[N, V_local]`` logits; columns from ``shard.width`` on are never looked at.
-        target: ``[N]`` int64 global ids; an id outside the shard (``ignore_index`` among them) is not owned.
+        target: ``[M]`` int64 global ids of the rows looked at; an id outside the shard is not owned.
         shard: the columns held here.
         k: how many of the largest logits to return.
+        spans: the rows to look at, M in all; None for all N.
         sum_squares: also return the sum of squared exponentials.
 
     Returns:
-        ``[N, k + 2]`` (``k + 3``) in the compute dtype: the k largest logits in descending order, -inf where the
+        ``[M, k + 2]`` (``k + 3``) in the compute dtype: the k largest logits in descending order, -inf where the
         shard has fewer; the sum of exponentials relative to the largest; the target's logit, -inf if not owned;
         then the sum of squared exponentials, relative to the largest too.
     """
-    dtype = compute_dtype(rows)
-    packed = torch.full((rows.shape[0], k + 2 + sum_squares), float("-inf"), dtype=dtype, device=rows.device)
+    dtype, tokens = compute_dtype(rows), target.shape[0]
+    packed = torch.full((tokens, k + 2 + sum_squares), float("-inf"), dtype=dtype, device=rows.device)
     if shard.width == 0:
         packed[:, k] = 0
         packed[:, k + 2 :] = 0
         return packed
-    rows = rows[:, : shard.width]
-    buffer = _chunk_buffer(rows, dtype)
-    for begin in range(0, rows.shape[0], len(buffer)):
-        chunk = rows[begin : begin + len(buffer)]
-        out = packed[begin : begin + len(buffer)]
-        wide = chunk if chunk.dtype == dtype else buffer[: len(chunk)].copy_(chunk)
+    for _, part, wide, buffer in _chunks(rows[:, : shard.width], spans):
+        out = packed[part]
         largest = _largest(wide, min(k, shard.width))
         out[:, : largest.shape[1]] = largest
-        out[:, k + 1] = _gather_owned(wide, target[begin : begin + len(buffer)], shard)
-        exponentials = torch.sub(wide, _finite_shift(largest[:, :1]), out=buffer[: len(chunk)]).exp_()
+        out[:, k + 1] = _gather_owned(wide, target[part], shard)
+        exponentials = torch.sub(wide, _finite_shift(largest[:, :1]), out=buffer).exp_()
         out[:, k] = exponentials.sum(dim=1)
         if sum_squares:
             out[:, k + 2] = exponentials.square_().sum(dim=1)
@@ -91,46 +103,65 @@ def local_topk(rows: Tensor, shard: Shard, k: int) -> Tensor:
 
 
 def write_gradient(
-    rows: Tensor, target: Tensor, shift: Tensor, scale: Tensor, slope: Tensor, shard: Shard, out: Tensor
+    rows: Tensor,
+    target: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    shard: Shard,
+    out: Tensor,
+    *,
+    spans: Spans | None = None,
 ) -> None:
     """Gradient of ``sum(slope * ce)``, ``slope * (softmax - onehot)``: one read of the logits and one write.
 
     Args:
         rows: ``[N, V_local]`` logits.
-        target: ``[N]`` int64 global ids.
-        shift: ``[N]`` the global maximum of each row.
-        scale: ``[N]`` slope / (sum of exponentials relative to that maximum).
-        slope: ``[N]`` gradient of the objective with respect to each token's cross entropy. Where it is zero the
+        target: ``[M]`` int64 global ids of the rows looked at.
+        shift: ``[M]`` the global maximum of each row.
+        scale: ``[M]`` slope / (sum of exponentials relative to that maximum).
+        slope: ``[M]`` gradient of the objective with respect to each token's cross entropy. Where it is zero the
             row's gradient is exactly zero, whatever the logits hold.
         shard: the columns held here; the others get zero.
         out: ``[N, V_local]`` in the logits' dtype; may be ``rows`` itself.
+        spans: the rows looked at, M in all; the others get zero. None for all N.
     """
     out[:, shard.width :].zero_()
     if shard.width == 0:
         return
     rows, out = rows[:, : shard.width], out[:, : shard.width]
-    buffer = _chunk_buffer(rows, compute_dtype(rows))
     index, owned = shard.local_index(target)
     index, onehot = index.unsqueeze(1), torch.where(owned, -slope, 0).unsqueeze(1)
     dead = (slope == 0).unsqueeze(1)
     shift, scale = shift.unsqueeze(1), scale.unsqueeze(1)
-    for begin in range(0, rows.shape[0], len(buffer)):
-        part = slice(begin, begin + len(buffer))
-        chunk = rows[part]
-        gradient = buffer[: len(chunk)]
-        if chunk.dtype == gradient.dtype:
-            torch.sub(chunk, shift[part], out=gradient)
-        else:
-            gradient.copy_(chunk).sub_(shift[part])
+    for where, part, wide, buffer in _chunks(rows, spans):
+        gradient = torch.sub(wide, shift[part], out=out[where] if out.dtype == shift.dtype else buffer)
         gradient.exp_().mul_(scale[part]).scatter_add_(1, index[part], onehot[part])
         if out.device.type != "cpu" or bool(dead[part].any()):  # on a GPU, looking would stall the stream
             gradient.masked_fill_(dead[part], 0)
-        out[part] = gradient
+        if out.dtype != gradient.dtype:
+            out[where] = gradient
+    if spans is not None:
+        edges = [0, *(edge for span in spans for edge in span), out.shape[0]]
+        for begin, end in zip(edges[::2], edges[1::2], strict=True):
+            out[begin:end].zero_()
 
 
-def _chunk_buffer(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scratch for as many rows as a chunk holds, in the compute dtype."""
-    return torch.empty((_chunk_height(rows), rows.shape[1]), dtype=dtype, device=rows.device)
+def _chunks(rows: Tensor, spans: Spans | None) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """The rows of the spans, a chunk at a time: ``(which of all rows, which of the rows looked at, values, scratch)``.
+
+    The values are in the compute dtype: the logits themselves, only to be read, or a copy of them in the scratch.
+    """
+    dtype, height, done = compute_dtype(rows), _chunk_height(rows), 0
+    buffer = torch.empty((height, rows.shape[1]), dtype=dtype, device=rows.device)
+    for first, last in spans if spans is not None else [(0, rows.shape[0])]:
+        for begin in range(first, last, height):
+            where = slice(begin, min(begin + height, last))
+            size = where.stop - begin
+            scratch = buffer[:size]
+            wide = rows[where] if rows.dtype == dtype else scratch.copy_(rows[where])
+            yield where, slice(done, done + size), wide, scratch
+            done += size
 
 
 def _chunk_height(rows: Tensor) -> int:

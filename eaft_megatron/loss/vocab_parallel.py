@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.collectives import group_rank_and_size
-from eaft_megatron.loss.gates import EAFTGate, Gate
+from eaft_megatron.loss.gates import EAFTGate, Gate, GateContext
 from eaft_megatron.loss.merge import Merged, merge_packed, merge_split, merge_topk, topk_entropy
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import Shard, local_statistics, local_topk, write_gradient
+from eaft_megatron.loss.torch_impl import Shard, local_statistics, local_topk, spans_of, write_gradient
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -31,6 +32,7 @@ def vocab_parallel_eaft_loss(
     impl: str = "auto",
     exchange: str = "packed",
     validate: bool | None = None,
+    compact_ignored: bool | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Entropy-adaptive fine-tuning loss per token, ``(H_topK / entropy_norm) ** alpha * ce``, weight detached.
@@ -55,6 +57,8 @@ def vocab_parallel_eaft_loss(
             one all-reduce of [sum of exponentials, target logit]).
         validate: look for targets outside the vocabulary and raise. None: on the CPU only, for on a GPU looking
             stalls the stream; such a token's loss is then NaN.
+        compact_ignored: leave the rows of ignored tokens out of every pass, so that they cost almost nothing. It has
+            to know their number, which on a GPU is one host sync. None: on the CPU only.
         return_stats: also return detached :class:`TokenStats`.
 
     Returns:
@@ -78,6 +82,7 @@ def vocab_parallel_eaft_loss(
         impl=impl,
         exchange=exchange,
         validate=validate,
+        compact_ignored=compact_ignored,
         return_stats=return_stats,
     )
 
@@ -88,6 +93,9 @@ def vocab_parallel_token_loss(
     gate: Gate,
     *,
     group: dist.ProcessGroup | None = None,
+    side: Mapping[str, Tensor] | None = None,
+    sequence_ids: Tensor | None = None,
+    reduce_group: dist.ProcessGroup | None = None,
     topk: int = 20,
     vocab_size: int | None = None,
     ignore_index: int = -100,
@@ -95,16 +103,34 @@ def vocab_parallel_token_loss(
     impl: str = "auto",
     exchange: str = "packed",
     validate: bool | None = None,
+    compact_ignored: bool | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStats]:
-    """Per-token loss of any gate, see :mod:`eaft_megatron.loss.gates`; the rest as vocab_parallel_eaft_loss."""
+    """Per-token loss of any gate, see :mod:`eaft_megatron.loss.gates`.
+
+    Args:
+        gate: what to make of each token's statistics.
+        side: extra columns for the gate, each shaped like ``target``: "ref_logprob", "sample_weight". Their values at
+            ignored tokens do not matter.
+        sequence_ids: int64, shaped like ``target``; tokens with equal ids belong to one sequence, anywhere in
+            ``reduce_group`` (so data-parallel ranks must not reuse each other's).
+        reduce_group: data x context parallel group for statistics of the batch (percentiles, TALR's median); None
+            for this process alone. Every rank of it must hold the same number of tokens.
+
+    The other arguments, the return value and the errors are those of :func:`vocab_parallel_eaft_loss`.
+    """
     if not isinstance(gate, Gate):
         raise ValueError(f"gate must be a Gate such as EAFTGate(), got {type(gate).__name__}")
     plan = _plan(vocab_parallel_logits, group, topk, vocab_size, impl, exchange)
     _check_target(vocab_parallel_logits, target, plan.vocab_size, ignore_index, validate)
     gate.check(plan.k)
     plan = dataclasses.replace(
-        plan, ignore_index=ignore_index, inplace_backward=inplace_backward, want_entropy=return_stats
+        plan,
+        ignore_index=ignore_index,
+        inplace_backward=inplace_backward,
+        want_entropy=return_stats,
+        compact=target.device.type == "cpu" if compact_ignored is None else compact_ignored,
+        context=_context(gate, target, side or {}, sequence_ids, reduce_group),
     )
     columns = vocab_parallel_logits.shape[-1]
     rows = vocab_parallel_logits.reshape(-1, columns)
@@ -160,6 +186,8 @@ class _Plan:
     ignore_index: int = -100
     inplace_backward: bool = False
     want_entropy: bool = False
+    compact: bool = False
+    context: GateContext = dataclasses.field(default_factory=GateContext)
 
 
 def _plan(logits: Tensor, group, topk: int, vocab_size: int | None, impl: str, exchange: str) -> _Plan:
@@ -207,21 +235,53 @@ def _check_target(logits: Tensor, target: Tensor, vocab_size: int, ignore_index:
             )
 
 
+def _context(gate: Gate, target: Tensor, side: Mapping[str, Tensor], sequence_ids, reduce_group) -> GateContext:
+    """The gate's extra inputs, checked against the target's shape and flattened."""
+    columns = dict(side)
+    if sequence_ids is not None:
+        if sequence_ids.dtype != torch.int64:
+            raise ValueError(f"sequence_ids must be int64, got {sequence_ids.dtype}")
+        columns["sequence_ids"] = sequence_ids
+    elif gate.needs_sequence_ids:
+        raise ValueError(f"{type(gate).__name__} needs sequence_ids, an int64 tensor shaped like target")
+    for name in gate.needs_side:
+        if name not in columns:
+            raise ValueError(f"{type(gate).__name__} needs the side column {name!r}, a tensor shaped like target")
+    for name, column in columns.items():
+        if column.shape != target.shape:
+            raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, got {tuple(column.shape)}")
+    flat = {name: column.detach().reshape(-1) for name, column in columns.items()}
+    return GateContext(flat, flat.pop("sequence_ids", None), reduce_group)
+
+
 def _outside(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
     return (target != ignore_index) & ((target < 0) | (target >= vocab_size))
 
 
-def _token_stats(merged: Merged, target: Tensor, gate: Gate, plan: _Plan) -> TokenStats:
-    """The whole vocabulary's numbers as the gate sees them; zeros at ignored tokens."""
+def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: _Plan, entropy: bool) -> TokenStats:
+    """The whole vocabulary's numbers as the gate sees them: ``[N]``, zeros at ignored tokens.
+
+    ``merged`` has a row for each token, or for those that ``keep`` names.
+    """
     valid = target != plan.ignore_index
+    looked_at = target if keep is None else target[keep]
+
+    def spread(values: Tensor) -> Tensor:
+        if keep is None:
+            return values.masked_fill(~valid, 0)
+        return values.new_zeros(target.shape).index_copy_(0, keep, values)
+
     ce = (merged.topk[:, 0] - merged.target_logit) + merged.sum_exp.log()
-    ce = ce.masked_fill(_outside(target, plan.vocab_size, plan.ignore_index), float("nan"))
-    entropy = squares = None
-    if plan.want_entropy or "entropy" in gate.needs:
-        entropy = topk_entropy(merged.topk).masked_fill(~valid, 0)
-    if merged.sum_exp_squared is not None:
-        squares = (merged.sum_exp_squared / merged.sum_exp.square()).masked_fill(~valid, 0)
-    return TokenStats(ce.masked_fill(~valid, 0), entropy, None, valid, plan.k, squares)
+    ce = ce.masked_fill(_outside(looked_at, plan.vocab_size, plan.ignore_index), float("nan"))
+    squares = merged.sum_exp_squared
+    return TokenStats(
+        ce=spread(ce),
+        entropy=spread(topk_entropy(merged.topk)) if entropy else None,
+        weight=None,
+        valid=valid,
+        topk=plan.k,
+        sum_p_squared=None if squares is None else spread(squares / merged.sum_exp.square()),
+    )
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -229,18 +289,24 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, target: Tensor, gate: Gate, plan: _Plan):
-        want_squares = "sum_p_squared" in gate.needs
-        want_topk = plan.want_entropy or "entropy" in gate.needs
-        k_local, k = (plan.k_local, plan.k) if want_topk else (1, 1)  # the maximum is needed in any case
-        local = local_statistics(rows, target, plan.shard, k_local, want_squares)
+        spans = keep = None
+        if plan.compact:
+            valid = target != plan.ignore_index
+            spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
+        looked_at = target if keep is None else target[keep]
+        entropy = plan.want_entropy or "entropy" in gate.needs
+        k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)  # the maximum is needed in any case
+        squares = "sum_p_squared" in gate.needs
+        local = local_statistics(rows, looked_at, plan.shard, k_local, spans=spans, sum_squares=squares)
         if plan.exchange == "packed":
             merged = merge_packed(local, k_local, k, plan.group)
         else:
-            merged = merge_split(local, k_local, k, plan.shard.local_index(target)[1], plan.group)
-        stats = _token_stats(merged, target, gate, plan)
-        output = gate(stats)
-        ctx.save_for_backward(rows, target, merged.topk[:, 0].clone(), merged.sum_exp, output.slope)
-        ctx.plan = plan
+            merged = merge_split(local, k_local, k, plan.shard.local_index(looked_at)[1], plan.group)
+        stats = _token_stats(merged, target, keep, plan, entropy)
+        output = gate(stats, plan.context)
+        slope = output.slope if keep is None else output.slope[keep]
+        ctx.save_for_backward(rows, looked_at, keep, merged.topk[:, 0].clone(), merged.sum_exp, slope)
+        ctx.plan, ctx.spans = plan, spans
         extra = (stats.ce, stats.entropy, output.weight, stats.valid, stats.sum_p_squared)
         ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
         return output.loss, *extra
@@ -248,10 +314,11 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor, *_):
-        rows, target, maximum, sum_exp, slope = ctx.saved_tensors
+        rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
         plan = ctx.plan
         # An ignored token's gradient is zero even where its upstream gradient is not a number.
-        slope = torch.where(target == plan.ignore_index, 0, slope * grad_loss)
+        slope = slope * (grad_loss if keep is None else grad_loss[keep])
+        slope = slope.masked_fill(target == plan.ignore_index, 0)
         gradient = rows.detach() if plan.inplace_backward else torch.empty_like(rows)
-        write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, gradient)
+        write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, gradient, spans=ctx.spans)
         return gradient, None, None, None

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from eaft_megatron.hooks.arguments import loss_arguments
 from eaft_megatron.training.setup import Trainer
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_SAME = ("global_batch_size", "seed", "train_samples", "loss_type", "eaft_topk", "eaft_alpha", "eaft_entropy_norm")
+_SAME = ("global_batch_size", "seed", "train_samples", *loss_arguments())
 
 
 def latest_iteration(folder: str | None) -> int | None:

@@ -7,6 +7,17 @@ import functools
 import pytest
 import torch
 
+from eaft_megatron import (
+    ConflictMaskGate,
+    DFTGate,
+    EAFTGate,
+    FLOWGate,
+    SFTGate,
+    SFTKLGate,
+    SigmoidGate,
+    TALRGate,
+    ThresholdGate,
+)
 from eaft_megatron.hooks import LossSettings, add_eaft_arguments, install, installed, settings_from_args, uninstall
 from eaft_megatron.hooks.metrics import METRICS, metric_sums, wrap_forward_step
 from eaft_megatron.loss.reference import reference_eaft_loss
@@ -188,12 +199,41 @@ def test_metrics_ignore_what_the_host_masks_late():
 
 
 @pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], SFTGate()),
+        (["--loss-type", "eaft", "--eaft-alpha", "2", "--eaft-entropy-norm", "3"], EAFTGate(3.0, 2.0)),
+        (["--loss-type", "eaft", "--eaft-gate", "sigmoid"], SigmoidGate()),
+        (["--loss-type", "eaft", "--eaft-gate", "threshold", "--eaft-threshold", ".4"], ThresholdGate(threshold=0.4)),
+        (["--loss-type", "eaft", "--eaft-gate", "threshold", "--eaft-percentile", "15"], ThresholdGate(percentile=15)),
+        (["--loss-type", "eaft", "--eaft-gate", "conflict-mask"], ConflictMaskGate()),
+        (["--loss-type", "dft"], DFTGate()),
+        (["--loss-type", "talr", "--talr-min-weight", "0.1"], TALRGate(min_weight=0.1)),
+        (["--loss-type", "flow"], FLOWGate()),
+        (["--loss-type", "sft-kl", "--sft-kl-beta", "0.1"], SFTKLGate(0.1)),
+    ],
+)
+def test_flags_choose_the_gate(flags, expected):
+    """Every method of the family behind one flag."""
+    import argparse
+
+    args = add_eaft_arguments(argparse.ArgumentParser()).parse_args(flags)
+    assert settings_from_args(args).gate() == expected
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--loss-type", "eaft", "--eaft-alpha", "-1"], "--eaft-alpha"),
         (["--loss-type", "eaft", "--eaft-topk", "0"], "--eaft-topk"),
         (["--loss-type", "eaft", "--eaft-entropy-norm", "0"], "--eaft-entropy-norm"),
         (["--true-vocab-size", "0"], "--true-vocab-size"),
+        (["--loss-type", "sft", "--eaft-alpha", "2"], "--eaft-alpha is for --loss-type eaft, not sft"),
+        (["--loss-type", "eaft", "--talr-tau", "2"], "--talr-tau is for --loss-type talr, not eaft"),
+        (["--loss-type", "eaft", "--eaft-percentile", "15"], "--eaft-percentile is for --eaft-gate threshold or"),
+        (["--loss-type", "eaft", "--eaft-gate", "threshold"], "one of threshold"),
+        (["--loss-type", "eaft", "--eaft-gate", "sigmoid", "--eaft-alpha", "2"], "--eaft-alpha is for --eaft-gate"),
+        (["--loss-type", "talr", "--talr-tau", "-1"], "--talr-tau"),
     ],
 )
 def test_a_bad_flag_is_named(flags, message):

@@ -1,0 +1,264 @@
+"""Every gate against an independent float64 computation, at TP 1, 2 and 4, with batch statistics over data parallel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from eaft_megatron import vocab_parallel_token_loss
+from eaft_megatron.loss import gates
+from eaft_megatron.loss.gates import Gate, GateContext
+from eaft_megatron.loss.token_stats import TokenStats
+from eaft_megatron.testing import run_distributed
+
+VOCAB, TOKENS = 50, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class DEFTGate(Gate):
+    """DEFT (arXiv 2602.11424): ``w = p ** a``, ``a = sum_v p_v ** 2``. Not part of the package: a method to add."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sum_p_squared"})
+
+    def weight(self, stats: TokenStats, context: GateContext) -> torch.Tensor:
+        return stats.probability**stats.sum_p_squared
+
+
+GATES = {
+    "sft": gates.SFTGate(),
+    "eaft": gates.EAFTGate(),
+    "eaft cubed, norm 3": gates.EAFTGate(alpha=3.0, entropy_norm=3.0),
+    "sigmoid": gates.SigmoidGate(),
+    "threshold": gates.ThresholdGate(threshold=0.5),
+    "percentile": gates.ThresholdGate(percentile=15.0),
+    "conflict mask": gates.ConflictMaskGate(percentile=40.0),
+    "dft": gates.DFTGate(),
+    "talr": gates.TALRGate(),
+    "talr, tau 2": gates.TALRGate(tau=2.0, min_weight=0.1),
+    "flow": gates.FLOWGate(),
+    "sft-kl": gates.SFTKLGate(),
+    "deft": DEFTGate(),
+}
+
+
+@dataclasses.dataclass
+class Batch:
+    """Two data-parallel ranks' tokens: logits [2, T, V], the rest [2, T]; padded to 52 columns."""
+
+    logits: torch.Tensor
+    target: torch.Tensor
+    sequence_ids: torch.Tensor
+    side: dict[str, torch.Tensor]
+
+
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    scale = 6 * torch.rand(2, TOKENS, 1, generator=generator, dtype=torch.float64)
+    logits = scale * torch.randn(2, TOKENS, 52, generator=generator, dtype=torch.float64)
+    target = torch.randint(0, VOCAB, (2, TOKENS), generator=generator)
+    target[torch.rand(2, TOKENS, generator=generator) < 0.3] = -100
+    # Five sequences on rank 0, four on rank 1; sequence 7 has no valid token, sequence 3 lies on both ranks.
+    ids = torch.tensor([[0] * 9 + [1] * 3 + [2] * 20 + [3] * 6 + [4] * 10, [3] * 14 + [5] * 11 + [6] * 9 + [7] * 14])
+    target[1, -14:] = -100
+    side = {
+        "ref_logprob": -4 * torch.rand(2, TOKENS, generator=generator, dtype=torch.float64),
+        "sample_weight": torch.rand(9, generator=generator, dtype=torch.float64)[ids],
+    }
+    side["ref_logprob"][0, :4] = torch.tensor([-60.0, 40.0, -30.0, 30.0])  # beyond the clamp
+    return Batch(logits, target, ids, side)
+
+
+def _expected(name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, slope, weight) [2, T] by numpy-minded formulas of the papers, on the whole vocabulary and batch."""
+    gate, valid = GATES[name], batch.target != -100
+    log_p = torch.log_softmax(batch.logits[..., :VOCAB], dim=-1)
+    ce = -log_p.gather(-1, batch.target.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    top = torch.softmax(batch.logits[..., :VOCAB].sort(dim=-1, descending=True).values[..., :20], dim=-1)
+    entropy = torch.distributions.Categorical(probs=top).entropy()
+    h = entropy / math.log(20)
+    p = (-ce).exp()
+    slope = None
+    if name in ("sft", "sft-kl"):
+        w = torch.ones_like(ce)
+    elif name == "eaft":
+        w = h
+    elif name == "eaft cubed, norm 3":
+        w = (entropy / 3.0) ** 3
+    elif name == "sigmoid":
+        w = 1 / (1 + torch.exp(-30 * (h - 0.17)))
+    elif name == "threshold":
+        w = (h > 0.5).double()
+    elif name == "percentile":
+        w = (h > np.percentile(h[valid].numpy(), 15.0)).double()
+    elif name == "conflict mask":
+        low_h = entropy < np.percentile(entropy[valid].numpy(), gate.percentile)
+        low_p = p < np.percentile(p[valid].numpy(), gate.percentile)
+        assert 0 < int((low_h & low_p & valid).sum()) < int(valid.sum()), "the case tests nothing"
+        w = 1 - (low_h & low_p).double()
+    elif name == "dft":
+        w = p
+    elif name == "talr":
+        means = [float(ce[chosen].mean()) for i in range(8) if (chosen := (batch.sequence_ids == i) & valid).any()]
+        assert len(means) == 7 - (not ((batch.sequence_ids == 6) & valid).any())
+        w = (p ** (1 / np.median(means))).clamp(min=0.01)
+    elif name == "talr, tau 2":
+        w = p.sqrt().clamp(min=0.1)
+    elif name == "flow":
+        w = batch.side["sample_weight"]
+    else:
+        w = p ** log_p.exp().square().sum(-1)
+    loss, slope = w * ce, w
+    if name == "sft-kl":
+        raw = batch.side["ref_logprob"] + ce
+        d = raw.clamp(-20, 20)
+        loss = ce + 0.5 * (d.exp() - d - 1)
+        slope = torch.where(raw == d, 1 + 0.5 * (d.exp() - 1), 1.0)
+    zero = torch.zeros_like(ce)
+    return tuple(torch.where(valid, value, zero) for value in (loss, slope, w))
+
+
+def _answers(tp: int, dtype: torch.dtype) -> dict[str, tuple]:
+    """Ranks are tensor-parallel within a data-parallel half; every gate's loss, weight and full gradient."""
+    rank, dp = dist.get_rank(), dist.get_world_size() // tp
+    groups = [dist.new_group(list(range(half * tp, half * tp + tp))) for half in range(dp)]
+    across = [dist.new_group(list(range(r, dp * tp, tp))) for r in range(tp)]
+    half, slot = divmod(rank, tp)
+    batch = _batch()
+    width = 52 // tp
+    out = {}
+    for name, gate in GATES.items():
+        logits = batch.logits[half, :, slot * width : (slot + 1) * width].to(dtype).requires_grad_()
+        loss, stats = vocab_parallel_token_loss(
+            logits,
+            batch.target[half],
+            gate,
+            group=groups[half],
+            side={key: value[half] for key, value in batch.side.items()},
+            sequence_ids=batch.sequence_ids[half],
+            reduce_group=across[slot],
+            vocab_size=VOCAB,
+            return_stats=True,
+        )
+        loss.sum().backward()
+        out[name] = (half, slot, loss.detach(), stats.weight, logits.grad)
+    return out
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_gates_match_their_papers(tp):
+    """Loss, weight and gradient in float64 over DP 2 x TP: batch statistics see both halves, whatever TP."""
+    ranks = run_distributed(_answers, 2 * tp, tp, torch.float64, timeout=120)
+    batch = _batch()
+    softmax = torch.softmax(batch.logits[..., :VOCAB], dim=-1)
+    onehot = torch.nn.functional.one_hot(batch.target.clamp(min=0), VOCAB)
+    for name in GATES:
+        loss, slope, weight = _expected(name, batch)
+        gradient = torch.nn.functional.pad(slope.unsqueeze(-1) * (softmax - onehot), (0, 2))
+        for half in range(2):
+            parts = sorted((r[name] for r in ranks if r[name][0] == half), key=lambda part: part[1])
+            for part in parts:
+                torch.testing.assert_close(
+                    part[2], loss[half], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
+                torch.testing.assert_close(
+                    part[3], weight[half], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+                )
+                assert torch.equal(part[2], parts[0][2]), f"{name}: tensor-parallel ranks differ"
+            actual = torch.cat([part[4] for part in parts], dim=-1)
+            torch.testing.assert_close(actual, gradient[half], rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_new_method_is_one_class_and_one_line(monkeypatch):
+    """DEFT: the class above, and one entry in the table of methods."""
+    from eaft_megatron.hooks.settings import GATES as METHODS
+    from eaft_megatron.hooks.settings import LossSettings
+
+    monkeypatch.setitem(METHODS, "deft", lambda settings: DEFTGate())
+    gate = LossSettings("deft").gate()
+    loss = vocab_parallel_token_loss(torch.zeros(1, 4), torch.tensor([0]), gate)
+    assert float(loss) == pytest.approx(0.25**0.25 * math.log(4))
+
+
+def test_nothing_valid_and_nothing_at_all():
+    """Batch statistics of no token: weight 0, loss 0, no error; and an empty batch."""
+    for tokens in (3, 0):
+        for gate in GATES.values():
+            side = {"ref_logprob": torch.zeros(tokens), "sample_weight": torch.ones(tokens)}
+            ids = torch.zeros(tokens, dtype=torch.int64)
+            logits = torch.full((tokens, 30), float("nan"), requires_grad=True)
+            target = torch.full((tokens,), -100)
+            loss = vocab_parallel_token_loss(logits, target, gate, side=side, sequence_ids=ids)
+            loss.sum().backward()
+            assert loss.shape == (tokens,)
+            assert loss.count_nonzero() == logits.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_surface(gate, bad):
+    """A row with NaN or +inf has a NaN loss whatever the gate; other rows, where no batch statistic is used, do not."""
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = bad
+    side = {"ref_logprob": torch.full((4,), -1.0), "sample_weight": torch.ones(4)}
+    ids = torch.arange(4)
+    loss = vocab_parallel_token_loss(logits, torch.arange(4), gate, side=side, sequence_ids=ids)
+    assert loss[1].isnan()
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_a_target_with_probability_zero_has_an_infinite_loss(gate):
+    """Also where the weight is 0."""
+    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
+    logits[0, 0] = float("-inf")
+    side = {"ref_logprob": torch.full((2,), -1.0), "sample_weight": torch.zeros(2)}
+    loss = vocab_parallel_token_loss(logits, torch.tensor([0, 1]), gate, side=side, sequence_ids=torch.arange(2))
+    assert loss[0] == float("inf")
+    assert loss[1].isfinite()
+
+
+def test_flow_sample_weights():
+    """exp(-f / median f), the median of an even number being the mean of the two middle ones."""
+    losses = torch.tensor([1.0, 4.0, 2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(gates.flow_sample_weights(losses), torch.exp(-losses / 2.5))
+    for bad in ([], [1.0, float("nan")], [-1.0, 1.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="sample_losses"):
+            gates.flow_sample_weights(torch.tensor(bad))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gates.ThresholdGate(), "takes one of threshold"),
+        (lambda: gates.ThresholdGate(threshold=0.1, percentile=15), "takes one of threshold"),
+        (lambda: gates.ThresholdGate(percentile=101), r"percentile .* \[0, 100\]"),
+        (lambda: gates.ThresholdGate(threshold=float("nan")), "threshold .* finite"),
+        (lambda: gates.ConflictMaskGate(percentile=-1), "percentile"),
+        (lambda: gates.SigmoidGate(steepness=0), "steepness"),
+        (lambda: gates.TALRGate(tau=0), "--talr-tau"),
+        (lambda: gates.TALRGate(min_weight=2), "--talr-min-weight"),
+        (lambda: gates.SFTKLGate(beta=-1), "--sft-kl-beta"),
+        (lambda: _loss(gates.FLOWGate()), "side column 'sample_weight'"),
+        (lambda: _loss(gates.SFTKLGate()), "side column 'ref_logprob'"),
+        (lambda: _loss(gates.TALRGate()), "needs sequence_ids"),
+        (lambda: _loss(gates.TALRGate(), sequence_ids=torch.zeros(2)), "sequence_ids must be int64"),
+        (
+            lambda: _loss(gates.FLOWGate(), side={"sample_weight": torch.ones(3)}),
+            r"shaped like target \(2,\), got \(3,\)",
+        ),
+        (lambda: _loss(lambda stats: stats), "gate must be a Gate"),
+    ],
+)
+def test_bad_gates_are_value_errors(make, message):
+    """Each names the flag or the column."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def _loss(gate, **kwargs):
+    return vocab_parallel_token_loss(torch.zeros(2, 8), torch.tensor([0, 1]), gate, **kwargs)
