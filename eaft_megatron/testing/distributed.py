@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -235,12 +236,26 @@ def _find(module_name: str, file: str | None, qualname: str) -> Callable[..., An
             module = importlib.import_module(module_name)
     here = getattr(module, "__file__", None)
     if module is None or (file and here and not os.path.samefile(here, file)):
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # before executing: arguments may be instances of its classes
-        spec.loader.exec_module(module)
+        module = _load_by_file(module_name, Path(file))
     for part in qualname.split("."):
         module = getattr(module, part)
+    return module
+
+
+def _load_by_file(name: str, file: Path) -> ModuleType:
+    """The module under its name in the parent process, its packages made up where they are not importable either.
+
+    Unpickling finds classes by that name, and imports the packages on the way to it.
+    """
+    parents = name.split(".")[:-1]
+    for depth in range(1, len(parents) + 1):
+        package = ".".join(parents[:depth])
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = [str(file.parents[len(parents) - depth])]
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -137,7 +137,7 @@ def fill_weights(model: GPTModel, seed: int = 1) -> None:
 
 
 def with_optimizer(
-    chunks: list[GPTModel], *, distributed: bool = False, lr: float = 1e-2, overlap: bool = False
+    chunks: list[GPTModel], *, distributed: bool = False, lr: float = 1e-3, overlap: bool = False
 ) -> tuple[list[DistributedDataParallel], Any]:
     """(the chunks wrapped for data parallelism, megatron-core's Adam), ready for `train_step`."""
     config = chunks[0].config

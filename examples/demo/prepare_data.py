@@ -44,7 +44,7 @@ SOURCES = {
     },
 }
 BFCL_CATEGORIES = ("simple_python", "live_simple")  # one function on offer, one call expected
-BFCL_MAX_CHARS = 1400  # of function and question: about 350 tokens, so that 512 hold nearly every chat
+BFCL_MAX_CHARS = 560  # of function and question: 256 tokens then hold nearly every chat
 HELD_OUT_PERCENT = 20
 TEXT_MEMBER = "evals/registry/data/text_compression/samples.jsonl"
 TEXT_TYPES = ("c4", "openwebtext", "wikipedia")

@@ -198,13 +198,19 @@ def test_a_test_module_that_cannot_be_imported_by_name_works(tmp_path, mode):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "test_inner.py").write_text(
         "from eaft_megatron.testing import run_distributed\n"
+        "import pytest\n"
         "class Own:\n    value = 3\n"
         "def work(own):\n    return own.value\n"
         "def test_it():\n    assert run_distributed(work, 1, Own()) == [3]\n"
+        "@pytest.mark.skipif('.' not in __name__, reason='no packages in this mode')\n"
+        "def test_beside():\n    assert run_distributed(beside, 1) == [4]\n"
+        "def beside():\n    from . import helper\n    return helper.value\n"
     )
+    (tmp_path / "inner" / "helper.py").write_text("value = 4\n")
     (tmp_path / "elsewhere").mkdir()
     command = [sys.executable, "-m", "pytest", "-q", f"--import-mode={mode}", "-p", "no:cacheprovider", "../inner"]
     root = str(Path(__file__).resolve().parents[2])
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, cwd=tmp_path / "elsewhere", env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert ("2 passed" if mode == "importlib" else "1 passed, 1 skipped") in done.stdout

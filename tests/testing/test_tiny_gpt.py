@@ -69,7 +69,7 @@ def results(processes):
     layouts = {name: differs for name, (size, differs) in cases.items() if size == processes}
     if processes == 1:
         layouts |= {"one process": {}, "one process tied": {"share_embeddings": True}}
-        half = dict(params_dtype=torch.bfloat16, bf16=True)
+        half = dict(params_dtype=torch.bfloat16, bf16=True, masked_softmax_fusion=True)
         layouts |= {"bf16": half, "bf16 distributed optimizer": {**half, "distributed": True}}
     return run_distributed(train, processes, layouts, timeout=150)
 
