@@ -303,6 +303,9 @@ def _stand_in_for_megatron(patch: _Patcher, megatron: SimpleNamespace) -> None:
     optimizer = megatron.distrib_optimizer
     if not optimizer.HAVE_APEX_OR_TE:
         patch(optimizer.DistributedOptimizer, **_with_torch_adam(optimizer.DistributedOptimizer))
+    # 0.12 asks TransformerEngine to quantise even an empty list of parameters.
+    quantize = optimizer.quantize_param_shard
+    patch(optimizer, quantize_param_shard=lambda params, *rest: quantize(params, *rest) if params else None)
     norm = megatron.torch_norm.WrappedTorchNorm
     patch(norm, __new__=staticmethod(_torch_norm(norm.__new__)))
 
