@@ -1,6 +1,6 @@
 # make demo       a real model, tensor parallel, EAFT and SFT side by side; under 10 minutes on 2 cores
 # make test       the tests, without the slow ones
-# make test-all   all of them, as CI runs them
+# make test-all   all of them, as .ci/run does
 # make lint       ruff
 #
 # Everything happens in .venv. Another interpreter: make PYTHON=python3.12. An environment of your own, with torch

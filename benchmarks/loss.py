@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from peers import peers_for  # noqa: E402
 
+from eaft_megatron import __version__  # noqa: E402
 from eaft_megatron.testing import run_distributed  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,12 +40,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     cases = list(itertools.product(options.tp, options.vocab, options.dtype, options.ignored))
+    about = machine(options)  # before the work, so that what is missing is missed at once
     rows: list[dict] = []
     for tp, vocab, dtype, ignored in tqdm(cases, desc="cases"):
         case = {"tp": tp, "vocab": vocab, "dtype": dtype, "ignored": ignored, "tokens": options.tokens}
         ranks = run_distributed(run_case, tp, case, options.threads, options.repeats, timeout=3600)
         rows += merge_ranks(case, ranks)
-    result = {"command": " ".join(["benchmarks/loss.py", *(argv or sys.argv[1:])]), **machine(options), "rows": rows}
+    result = {"command": " ".join(["benchmarks/loss.py", *(argv or sys.argv[1:])]), **about, "rows": rows}
     print(table(rows))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -187,13 +189,13 @@ def machine(options: argparse.Namespace) -> dict:
         if line.startswith("model name"):
             cpu = line.partition(":")[2].strip()
             break
-    packages = ("torch", "megatron-core", "eaft_megatron")
+    packages = ("torch", "megatron-core")
     return {
         "title": f"{cpu}, {options.threads} thread(s) per process, {options.tokens} tokens",
         "cpu": cpu,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {name: importlib.metadata.version(name) for name in packages} | {"eaft_megatron": __version__},
         "threads": options.threads,
         "repeats": options.repeats,
     }

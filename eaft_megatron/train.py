@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import time
 import traceback
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -72,7 +74,7 @@ def _check_model(args: argparse.Namespace) -> None:
             f"--loss-type {args.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
             "data, which chat JSONL does not carry; vocab_parallel_token_loss takes them as side="
         )
-    if args.export_hf and os.path.isdir(args.export_hf) and os.listdir(args.export_hf):
+    if _is_filled(args.export_hf) and latest_iteration(args.load) != args.train_iters:
         raise ValueError(f"--export-hf: {args.export_hf} exists and is not empty")
 
 
@@ -90,21 +92,38 @@ def _read_data(args: argparse.Namespace) -> dict[str | None, SFTDataset]:
                 f"{args.true_vocab_size - 1}: tokenizer and model do not belong together"
             )
     args.train_samples = len(datasets[None])
+    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
     return datasets
 
 
 def _run(args: argparse.Namespace, datasets: dict[str | None, SFTDataset], device: torch.device) -> None:
-    start = latest_iteration(args.load)
+    start = _agreed_start(args)
     trainer = build_trainer(args, device, load_weights=start is None)
     consumed = load_checkpoint(trainer, args, start) if start is not None else 0
     hook = install(dataclasses.replace(settings_from_args(args), true_vocab_size=args.true_vocab_size))
-    log = RunLog(args, start or 0)
+    log = None
     try:
+        log = RunLog(args, start or 0)
         _describe(log, args, datasets, start)
         _train(args, trainer, datasets, device, log, wrap_forward_step(forward_step, hook), start or 0, consumed)
     finally:
-        log.close()
+        if log is not None:
+            log.close()
         uninstall()
+
+
+def _agreed_start(args: argparse.Namespace) -> int | None:
+    """The iteration to resume from, as rank 0 sees it; ``ValueError`` where another node sees another folder."""
+    start = [latest_iteration(args.load)]
+    mine = start[0]
+    dist.broadcast_object_list(start, src=0)
+    if mine != start[0]:
+        raise ValueError(f"--load: {args.load} holds iteration {mine} here and {start[0]} on rank 0: share the folder")
+    return start[0]
+
+
+def _is_filled(folder: str | None) -> bool:
+    return bool(folder) and os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _describe(log: RunLog, args: argparse.Namespace, datasets: dict, start: int | None) -> None:
@@ -144,14 +163,16 @@ def _train(args, trainer: Trainer, datasets, device, log: RunLog, step, start: i
         log.training(iteration, metrics, time.monotonic() - began, show)
         if args.eval_interval and iteration % args.eval_interval == 0 and iteration != args.train_iters:
             evaluate_all(iteration)
+        if iteration == args.train_iters:  # before the last save: a run killed in between evaluates again
+            evaluate_all(iteration)
         if args.save and (iteration == last or args.save_interval and iteration % args.save_interval == 0):
             save_checkpoint(trainer, args, iteration, consumed)
             saved = iteration
-    if start < args.train_iters == last:
-        evaluate_all(last)
     if args.save and saved == last:
         log.say(f"checkpoint of iteration {last} in {args.save}")
-    if args.export_hf and last == args.train_iters:
+    if args.export_hf and last == args.train_iters and _is_filled(args.export_hf):
+        log.say(f"training was finished before, and {args.export_hf} is there: nothing left to do")
+    elif args.export_hf and last == args.train_iters:
         save_hf_weights(trainer.model, args.hf_model, args.export_hf)
         log.say(f"Hugging Face folder in {args.export_hf}")
 

@@ -68,14 +68,13 @@ def test_imports_run_downwards(path):
     assert _violations(path) == []
 
 
-def test_a_violation_is_seen():
+def test_a_violation_is_seen(tmp_path, monkeypatch):
     """The rule above is not vacuous: hooks would not pass as loss."""
-    path = ROOT / "loss" / "imagined.py"
-    try:
-        path.write_text("def f():\n    from ..hooks import install\n    import megatron.core\n")
-        assert _violations(path) == [f"{OURS}.hooks", f"{OURS}.hooks.install", "megatron"]
-    finally:
-        path.unlink()
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "loss").mkdir()
+    path = tmp_path / "loss" / "imagined.py"
+    path.write_text("def f():\n    from ..hooks import install\n    import megatron.core\n")
+    assert _violations(path) == [f"{OURS}.hooks", f"{OURS}.hooks.install", "megatron"]
 
 
 def test_importing_the_package_needs_torch_alone():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.hooks.settings import LossSettings
+from eaft_megatron.loss.gates import SFTGate
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
 
@@ -42,13 +43,15 @@ class LossHook:
         latest: what was seen of the newest micro-batch. It is left in place when read, since a replayed CUDA graph
             fills the same tensors without running any Python.
         calls: how often the hook computed a loss.
+        replayed: whether CUDA graphs may run the hook's work without calling it.
         side: columns for gates that need more than logits ("ref_logprob", "sample_weight"), each ``[b, s]``; a host
-            that has them sets them before each forward pass.
+            that has them sets them before each forward pass, which takes them out.
     """
 
     settings: LossSettings
     latest: Observation | None = None
     calls: int = 0
+    replayed: bool = False
     side: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     _noted: dict[str, Any] | None = None
     _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
@@ -58,10 +61,14 @@ class LossHook:
 
         Training: the gate's loss. Evaluation (``model.eval()``): the plain cross entropy over the true vocabulary.
         """
-        if self._noted is not None and labels is not self._noted["labels"]:
+        heads = getattr(model.config, "mtp_num_layers", None)
+        if heads and self._noted is not None and labels is not self._noted["labels"]:
             return original(model, labels, logits)  # a multi-token-prediction head: rolled labels, plain cross entropy
         target = _masked_target(labels, (self._noted or {}).get("loss_mask"))
         gate = self.settings.gate()
+        side, self.side = self.side, {}  # a host that forgets to set them must not get the last micro-batch's
+        if not model.training and not set(gate.needs_side) <= set(side):
+            gate = SFTGate()  # what evaluation returns is the plain cross entropy in any case
         sequence_ids = None
         if gate.needs_sequence_ids:
             sequence_ids = _sequence_ids(labels, (self._noted or {}).get("packed_seq_params")).transpose(0, 1)
@@ -70,9 +77,9 @@ class LossHook:
             target.transpose(0, 1).contiguous(),
             gate,
             group=_tensor_parallel_group(model),
-            side={name: column.transpose(0, 1) for name, column in self.side.items()},
+            side={name: column.transpose(0, 1) for name, column in side.items()},
             sequence_ids=sequence_ids,
-            reduce_group=_data_parallel_group(),
+            reduce_group=_data_parallel_group(model) if gate.needs_batch else None,
             topk=self.settings.topk,
             vocab_size=self.settings.true_vocab_size,
             ignore_index=_IGNORE_INDEX,
@@ -80,7 +87,7 @@ class LossHook:
             return_stats=True,
         )
         self.latest = Observation(
-            loss.detach().transpose(0, 1),
+            loss.detach().transpose(0, 1).clone(),  # the host may reduce its loss in place
             dataclasses.replace(
                 stats,
                 **{
@@ -91,6 +98,7 @@ class LossHook:
             ),
         )
         self.calls += 1
+        self.replayed = _has_cuda_graphs(model.config)
         return (loss if model.training else stats.ce).transpose(0, 1).contiguous()
 
     def remove(self) -> None:
@@ -108,7 +116,7 @@ def installed() -> LossHook | None:
 
 
 def install(settings: LossSettings) -> LossHook:
-    """Make every megatron-core language model of this process compute its loss as ``settings`` say.
+    """Make every megatron-core GPTModel of this process compute its loss as ``settings`` say.
 
     Models need not be built yet. The hook follows the host's ``loss_mask`` where the model is given one: a token
     whose mask is 0 is ignored before anything else is computed from it. ``"sft"`` is the plain cross entropy over the
@@ -133,8 +141,12 @@ def install(settings: LossSettings) -> LossHook:
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         return hook.compute(self, labels, logits, original)
 
-    _rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
-    _note_arguments(hook, GPTModel, "_postprocess" if hasattr(GPTModel, "_postprocess") else "forward")
+    try:
+        _rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
+        _note_arguments(hook, GPTModel, "_postprocess" if hasattr(GPTModel, "_postprocess") else "forward")
+    except BaseException:
+        hook.remove()
+        raise
     _installed = hook
     return hook
 
@@ -228,8 +240,15 @@ def _sequence_ids(labels: Tensor, packed_seq_params: Any) -> Tensor:
     return rows + labels.shape[0] * parallel_state.get_data_parallel_rank()
 
 
-def _data_parallel_group():
+def _has_cuda_graphs(config: Any) -> bool:
+    return bool(getattr(config, "enable_cuda_graph", False)) or getattr(config, "cuda_graph_impl", "none") != "none"
+
+
+def _data_parallel_group(model: torch.nn.Module):
     """Data x context parallel, the scope of batch statistics."""
+    group = getattr(getattr(model, "pg_collection", None), "dp_cp", None)
+    if group is not None:
+        return group
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

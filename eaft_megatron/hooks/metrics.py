@@ -42,23 +42,24 @@ def wrap_forward_step(forward_step_func: Callable, hook: LossHook) -> Callable:
 
     @functools.wraps(forward_step_func)
     def forward_step(*args: Any, **kwargs: Any):
+        before = hook.calls
         output, loss_func, *rest = forward_step_func(*args, **kwargs)
         if not (isinstance(loss_func, functools.partial) and loss_func.args):
             raise ValueError(
                 "forward_step must return functools.partial(loss_func, loss_mask, ...) as its loss function"
             )
-        return output, _with_metrics(loss_func, hook), *rest
+        return output, _with_metrics(loss_func, hook, before), *rest
 
     return forward_step
 
 
-def _with_metrics(loss_func: functools.partial, hook: LossHook) -> Callable:
+def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: int) -> Callable:
     loss_mask = loss_func.args[0]
 
     @functools.wraps(loss_func.func)
     def with_metrics(output_tensor: Tensor, *args: Any, **kwargs: Any):
         result = loss_func(output_tensor, *args, **kwargs)
-        if hook.latest is None:
+        if hook.latest is None or (hook.calls == calls_before and not hook.replayed):
             raise RuntimeError(
                 f"--loss-type {hook.settings.loss_type}: the loss hook was not called in this forward pass; "
                 "the model computes its loss elsewhere"

@@ -51,7 +51,8 @@ def median_of_sequence_means(
     # Segment by segment in one order, so that every rank gets the same bits.
     rows = (rows * rows[:, 1:])[order].double()
     totals = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)
-    return _masked_quantile(totals[:, 0] / totals[:, 1], totals[:, 1] > 0, 0.5).to(ce.dtype)
+    means = totals[:, 0] / totals[:, 1]  # 0 / 0 where no token is valid
+    return _masked_quantile(means, means.isfinite(), 0.5).to(ce.dtype)
 
 
 def _masked_quantile(values: Tensor, keep: Tensor, q: float) -> Tensor:
@@ -64,6 +65,6 @@ def _masked_quantile(values: Tensor, keep: Tensor, q: float) -> Tensor:
     low = position.floor().to(torch.int64)
     high = torch.minimum(low + 1, (count - 1).clamp(min=0))
     fraction = (position - low).to(values.dtype)
-    below, above = ordered[low], ordered[high]
+    below, above = ordered.gather(0, torch.stack([low, high])).unbind()  # ordered[low] would read low on the host
     quantile = torch.where(fraction == 0, below, below + (above - below) * fraction)
     return torch.where(count > 0, quantile, float("nan"))

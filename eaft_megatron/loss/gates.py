@@ -55,11 +55,13 @@ class Gate(abc.ABC):
         needs: which optional fields of :class:`TokenStats` must be filled: ``"entropy"``, ``"sum_p_squared"``.
         needs_side: names of the side columns the gate reads.
         needs_sequence_ids: whether it reads ``sequence_ids``.
+        needs_batch: whether it takes statistics over ``reduce_group``.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_side: ClassVar[tuple[str, ...]] = ()
     needs_sequence_ids: bool = False
+    needs_batch: bool = False
 
     def check(self, topk: int) -> None:  # noqa: B027  not abstract: most gates have nothing to check
         """Raise ``ValueError`` if the gate cannot work with this K = min(topk, V); the default accepts any."""
@@ -172,6 +174,10 @@ class ThresholdGate(EntropyGate):
         else:
             _check_percentile(self.percentile)
 
+    @property
+    def needs_batch(self) -> bool:
+        return self.percentile is not None
+
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         h = stats.normalized_entropy(self.entropy_norm)
         threshold = self.threshold
@@ -188,6 +194,7 @@ class ConflictMaskGate(EntropyGate):
     """
 
     percentile: float = 15.0
+    needs_batch: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -215,7 +222,8 @@ class TALRGate(Gate):
     Attributes:
         tau: None for the median over sequences of their mean cross entropy, at least 1e-6; the mean of the two middle
             ones when their number is even. The sequences are those of one micro-batch over ``reduce_group``: the
-            paper says "batch", and that is what is known when the loss is computed.
+            paper says "batch", and that is what is known when the loss is computed. 1 where no sequence has a finite
+            mean.
         min_weight: floor of the weight.
     """
 
@@ -231,11 +239,15 @@ class TALRGate(Gate):
     def needs_sequence_ids(self) -> bool:
         return self.tau is None
 
+    @property
+    def needs_batch(self) -> bool:
+        return self.tau is None
+
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         tau: float | Tensor | None = self.tau
         if tau is None:
             tau = median_of_sequence_means(stats.ce, stats.valid, context.sequence_ids, context.reduce_group)
-            tau = tau.clamp(min=1e-6)
+            tau = torch.where(tau.isnan(), 1.0, tau.clamp(min=1e-6))
         return (-stats.ce / tau).exp().clamp(min=self.min_weight)
 
 
@@ -273,6 +285,7 @@ class SFTKLGate(Gate):
 
     def __call__(self, stats: TokenStats, context: GateContext) -> GateOutput:
         ratio = context.side["ref_logprob"].to(stats.ce.dtype) + stats.ce
+        ratio = torch.where(torch.isposinf(stats.ce), stats.ce, ratio)  # p = 0, whatever the base model thinks
         d = ratio.clamp(-_SFT_KL_CLAMP, _SFT_KL_CLAMP)
         excess = torch.expm1(d)
         loss = stats.ce + self.beta * (excess - d)
@@ -297,7 +310,9 @@ def flow_sample_weights(sample_losses: Tensor) -> Tensor:
         raise ValueError(f"sample_losses must be a non-empty vector, got shape {tuple(sample_losses.shape)}")
     if not bool((sample_losses.isfinite() & (sample_losses >= 0)).all()):
         raise ValueError("sample_losses must be finite and >= 0")
-    median = torch.quantile(sample_losses.double(), 0.5)
+    ordered = sample_losses.double().sort().values  # torch.quantile refuses long inputs
+    middle = len(ordered) // 2
+    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     if median == 0:
         raise ValueError("the median of sample_losses is 0: FLOW's temperature would be 0")
     return (-sample_losses / median).exp().to(sample_losses.dtype)

@@ -23,7 +23,9 @@ def reference_topk_entropy(logits: Tensor, topk: int = 20) -> Tensor:
         ``[...]``, in the dtype of ``logits``.
     """
     largest = logits.topk(min(topk, logits.shape[-1]), dim=-1).values
-    log_q = torch.log_softmax(largest, dim=-1)
+    # log softmax with log1p: near certainty log_softmax would round the largest's log-probability to 0.
+    distance = largest - largest[..., :1]
+    log_q = distance - torch.log1p(distance[..., 1:].exp().sum(dim=-1, keepdim=True))
     q = log_q.exp()
     # 0 log 0 = 0; a NaN in log_q stays a NaN.
     return -torch.where(q == 0, torch.zeros_like(q), q * log_q).sum(dim=-1)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_BLOCK = 128  # columns per block of the two-level top-K
+_BLOCK = 32  # columns per block of the two-level top-K
 _CHUNK_NUMBERS_CPU = 2 * 152064  # two rows of Qwen's vocabulary in float32, 1.2 MB: the passes over a chunk stay in L2
 _CHUNK_NUMBERS_GPU = 1 << 26  # enough to fill a GPU: 256 MB of float32
 
@@ -190,7 +190,9 @@ def _largest(rows: Tensor, k: int) -> Tensor:
     blocks = width // _BLOCK
     if blocks <= 2 * k:
         return rows.topk(k, dim=1).values
-    body = rows[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
-    best = body.amax(dim=2).topk(k, dim=1, sorted=False).indices
-    candidates = body.gather(1, best.unsqueeze(2).expand(height, k, _BLOCK)).flatten(1)
+    # Block b holds columns b, b + blocks, b + 2 blocks, ...: maxima of strided blocks vectorise over
+    # contiguous columns, and any partition of the columns will do.
+    body = rows[:, : blocks * _BLOCK].unflatten(1, (_BLOCK, blocks))
+    best = body.amax(dim=1).topk(k, dim=1, sorted=False).indices
+    candidates = body.gather(2, best.unsqueeze(1).expand(height, _BLOCK, k)).flatten(1)
     return torch.cat([candidates, rows[:, blocks * _BLOCK :]], dim=1).topk(k, dim=1).values

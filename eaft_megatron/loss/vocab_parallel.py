@@ -115,7 +115,8 @@ def vocab_parallel_token_loss(
         sequence_ids: int64, shaped like ``target``; tokens with equal ids belong to one sequence, anywhere in
             ``reduce_group`` (so data-parallel ranks must not reuse each other's).
         reduce_group: data x context parallel group for statistics of the batch (percentiles, TALR's median); None
-            for this process alone. Every rank of it must hold the same number of tokens.
+            for this process alone. Every rank of it must hold the same number of tokens, and an error raised on one
+            of its ranks leaves the others waiting: this is not the tensor-parallel group, whose ranks raise alike.
 
     The other arguments, the return value and the errors are those of :func:`vocab_parallel_eaft_loss`.
     """
@@ -309,7 +310,9 @@ class _TokenLoss(torch.autograd.Function):
         ctx.plan, ctx.spans = plan, spans
         extra = (stats.ce, stats.entropy, output.weight, stats.valid, stats.sum_p_squared)
         ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
-        return output.loss, *extra
+        # A gate may return a tensor of the statistics as its loss; that one was just marked as having no gradient.
+        loss = output.loss.clone() if any(output.loss is tensor for tensor in extra) else output.loss
+        return loss, *extra
 
     @staticmethod
     @torch.autograd.function.once_differentiable

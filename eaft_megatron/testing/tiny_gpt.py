@@ -159,6 +159,8 @@ def with_optimizer(
     )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
+    if overlap:  # gradients are reduced as the last micro-batch's come, not earlier ones'
+        config.no_sync_func = [chunk.no_sync for chunk in model] if len(model) > 1 else model[0].no_sync
     return model, optimizer
 
 

@@ -121,6 +121,8 @@ def _check_batches(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} must be a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x data-parallel size {args.data_parallel_size} = {stretch}"
         )
+    if args.num_virtual_stages_per_pipeline_rank and args.pipeline_model_parallel_size == 1:
+        raise ValueError("--num-virtual-stages-per-pipeline-rank needs --pipeline-model-parallel-size > 1")
     stages, micro_batches = args.pipeline_model_parallel_size, args.global_batch_size // stretch
     if args.num_virtual_stages_per_pipeline_rank and micro_batches % stages:
         raise ValueError(
@@ -138,6 +140,12 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError("--save-interval without --save: say where the checkpoints go")
     if args.exit_interval and not args.save:
         raise ValueError("--exit-interval without --save: the work would be lost; say where the checkpoint goes")
+    if args.min_lr and args.lr_decay_style == "constant":
+        raise ValueError("--min-lr has no meaning with --lr-decay-style constant: leave it out")
+    if (args.eval_interval or args.eval_samples) and not args.eval_data:
+        raise ValueError("--eval-interval and --eval-samples need --eval-data")
+    if args.recompute_granularity is None and (args.recompute_method or args.recompute_num_layers):
+        raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity")
     if args.recompute_granularity == "full" and not (args.recompute_method and args.recompute_num_layers):
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
 

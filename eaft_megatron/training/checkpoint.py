@@ -18,7 +18,7 @@ from eaft_megatron.hooks.arguments import loss_arguments
 from eaft_megatron.training.setup import Trainer
 
 _TRACKER = "latest_checkpointed_iteration.txt"
-_SAME = ("global_batch_size", "seed", "train_samples", *loss_arguments())
+_SAME = ("seq_length", "bf16", "data_sha256", "global_batch_size", "seed", "train_samples", *loss_arguments())
 
 
 def latest_iteration(folder: str | None) -> int | None:
@@ -36,10 +36,10 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, 
     from megatron.core import dist_checkpointing
 
     root = Path(args.save)
-    final, partial = root / f"iter_{iteration:07d}", root / f"iter_{iteration:07d}.incomplete"
+    final = root / f"iter_{iteration:07d}"
+    partial, replaced = final.with_suffix(".incomplete"), final.with_suffix(".replaced")
     if dist.get_rank() == 0:
-        for leftover in (partial, final):  # the tracker never named them, or we are writing the same step again
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
         partial.mkdir(parents=True)
     dist.barrier()
     state = _sharded_state(trainer, is_loading=False)
@@ -53,7 +53,11 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, 
     dist_checkpointing.save(state, str(partial), ("torch_dist", 1))
     dist.barrier()
     if dist.get_rank() == 0:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():  # the same step, written before: it goes only when its successor is in place
+            os.replace(final, replaced)
         os.replace(partial, final)
+        shutil.rmtree(replaced, ignore_errors=True)
         tracker = root / f"{_TRACKER}.new"
         tracker.write_text(f"{iteration}\n")
         os.replace(tracker, root / _TRACKER)
@@ -65,16 +69,17 @@ def load_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int) 
     """Fill model, optimizer and schedule from ``--load DIR/iter_NNNNNNN``; returns the samples consumed so far.
 
     Raises:
-        ValueError: no such checkpoint, or the run it belongs to had another batch size, seed, model or loss.
+        ValueError: no such checkpoint, or the run it belongs to had other data, samples, batch size, precision, seed
+            or loss: its losses could not be continued.
     """
     from megatron.core import dist_checkpointing
 
     folder = Path(args.load) / f"iter_{iteration:07d}"
     if not folder.is_dir():
         raise ValueError(f"--load: {folder} does not exist, although {_TRACKER} names it")
+    _check_same_run(dist_checkpointing.load_common_state_dict(str(folder))["args"], args, folder)
     state = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))
-    _check_same_run(loaded["args"], args, folder)
     for key, chunk in _named_chunks(trainer):
         chunk.load_state_dict(loaded[key])
     trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -107,7 +112,7 @@ def _sharded_state(trainer: Trainer, is_loading: bool) -> dict[str, Any]:
 
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "distrib_optim_sharding_type": "fully_sharded_model_space",
+        "distrib_optim_sharding_type": "fully_reshardable",
     }
     state: dict[str, Any] = {key: chunk.sharded_state_dict(metadata=metadata) for key, chunk in _named_chunks(trainer)}
     state["optimizer"] = trainer.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,22 @@ class RunLog:
 def _open_metrics(path: Path, start_iteration: int):
     """Append to the run's metrics; rows after the iteration we resume from are dropped, for they are made again."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not start_iteration:
+        os.replace(path, path.with_name("metrics.previous.jsonl"))  # another run's, kept once
+    elif path.exists():
+        rewritten = path.with_name("metrics.jsonl.new")
+        rewritten.write_text("".join(_rows_up_to(path, start_iteration)))
+        os.replace(rewritten, path)
+    return path.open("a")
+
+
+def _rows_up_to(path: Path, iteration: int) -> list[str]:
     kept = []
-    if start_iteration and path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut off
-            if row["iteration"] <= start_iteration:
-                kept.append(line + "\n")
-    handle = path.open("w")
-    handle.writelines(kept)
-    return handle
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut off
+        if row["iteration"] <= iteration:
+            kept.append(line + "\n")
+    return kept

@@ -97,7 +97,8 @@ def train_step(trainer: Trainer, step: Callable, batches: Batches, args: argpars
     """One optimizer step; returns the metrics, the same on every rank.
 
     Raises:
-        FloatingPointError: on every rank, before the weights change: a loss or the gradient norm is not finite.
+        FloatingPointError: on every rank, before the weights change: a loss is not finite. (A gradient that is not
+            finite is found by megatron-core's own check, before the weights change too: RuntimeError.)
     """
     for chunk in trainer.model:
         chunk.train()

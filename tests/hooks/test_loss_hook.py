@@ -89,7 +89,7 @@ def _check_masked_labels_may_be_anything(model) -> None:
         assert loss[batch["loss_mask"] == 0].count_nonzero() == 0
         with pytest.raises(ValueError, match="outside the vocabulary of 90"):
             _call(model, batch)
-        with pytest.raises(ValueError, match=r"loss_mask \(2, 8\) and labels \(2, 16\)"):
+        with pytest.raises(ValueError, match=r"loss_mask \(2, 8\) and labels \(2, \d+\) differ"):
             _call(model, batch, loss_mask=batch["loss_mask"][:, :8])
     finally:
         uninstall()
@@ -128,7 +128,8 @@ def _check_refusals(model) -> None:
 def _check_other_labels_are_left_alone(model) -> None:
     """Multi-token prediction calls the method with rolled labels: Megatron's own cross entropy answers."""
     batch = _batch()
-    logits = torch.randn(16, 2, 96)
+    logits = torch.randn(batch["labels"].shape[1], 2, 96)
+    model.config.mtp_num_layers = 1
     hook = install(LossSettings("eaft", true_vocab_size=VOCAB))
     try:
         hook._noted = {"labels": batch["labels"], "loss_mask": None}

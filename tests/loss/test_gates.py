@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eaft_megatron import vocab_parallel_token_loss
 from eaft_megatron.loss import gates
@@ -209,6 +210,8 @@ def test_nan_and_inf_surface(gate, bad):
     ids = torch.arange(4)
     loss = vocab_parallel_token_loss(logits, torch.arange(4), gate, side=side, sequence_ids=ids)
     assert loss[1].isnan()
+    if not gate.needs_batch:
+        assert loss[[0, 2, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
@@ -216,10 +219,46 @@ def test_a_target_with_probability_zero_has_an_infinite_loss(gate):
     """Also where the weight is 0."""
     logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(0))
     logits[0, 0] = float("-inf")
+    logits.requires_grad_()
     side = {"ref_logprob": torch.full((2,), -1.0), "sample_weight": torch.zeros(2)}
     loss = vocab_parallel_token_loss(logits, torch.tensor([0, 1]), gate, side=side, sequence_ids=torch.arange(2))
     assert loss[0] == float("inf")
     assert loss[1].isfinite()
+    loss.backward(torch.ones(2))
+    assert logits.grad.isfinite().all()
+
+
+class _NoHostSync(TorchDispatchMode):
+    """Fails on what makes a GPU's stream wait for the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
+def test_no_gate_looks_at_a_value_on_the_host(gate):
+    """With the options that a GPU has by default, no operator reads a number back."""
+    side = {"ref_logprob": torch.full((4,), -1.0), "sample_weight": torch.ones(4)}
+    ids, target = torch.arange(4), torch.tensor([1, -100, 3, 4])
+    with _NoHostSync():
+        vocab_parallel_token_loss(
+            torch.randn(4, 30), target, gate, side=side, sequence_ids=ids, validate=False, compact_ignored=False
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Passing(gates.SFTGate):
+    def __call__(self, stats, context):
+        ones = torch.ones_like(stats.ce)
+        return gates.GateOutput(stats.ce, ones, ones)
+
+
+def test_a_gate_may_return_a_statistic_as_its_loss():
+    """The loss stays differentiable."""
+    logits = torch.randn(2, 9, requires_grad=True)
+    vocab_parallel_token_loss(logits, torch.tensor([1, 2]), _Passing(), return_stats=True)[0].sum().backward()
+    assert logits.grad.count_nonzero() == 18
 
 
 def test_flow_sample_weights():

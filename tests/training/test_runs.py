@@ -102,6 +102,26 @@ def test_another_layout_resumes_and_exports(folder):
 
 
 @pytest.mark.slow
+def test_the_distributed_optimizer_resumes(folder):
+    """DP 2, sharded optimizer: stopped and resumed it has the losses of a whole run; other data are refused."""
+    whole = arguments(folder, "dist-whole", "--use-distributed-optimizer", "--train-iters", "4")
+    code, output = _run(2, whole)
+    assert code == 0, output
+    saves = folder / "dist" / "checkpoints"
+    argv = arguments(folder, "dist", "--use-distributed-optimizer", "--train-iters", "4", "--save", str(saves))
+    argv += ["--load", str(saves)]
+    code, output = _run(2, [*argv, "--exit-interval", "2"])
+    assert code == 0, output
+    code, output = _run(2, argv)
+    assert code == 0, output
+    assert "resumed from iteration 2" in output
+    assert _losses(metrics(folder, "dist")) == _losses(metrics(folder, "dist-whole"))
+    code, output = _run(1, [*argv, "--data", str(folder / "held_out.jsonl")])
+    assert code != 0
+    assert "was made with --data-sha256" in output
+
+
+@pytest.mark.slow
 def test_a_nan_names_step_and_rank_and_ends_every_rank(folder):
     """One embedding is NaN: the run ends at the iteration whose batch has that token, and names the last stage."""
     import transformers
@@ -140,6 +160,10 @@ BAD_INPUT = {
     "topk": (["--eaft-topk", "1"], "--eaft-entropy-norm"),
     "evaluation set": (["--eval-data", "held_out.jsonl"], "--eval-data takes NAME=FILE"),
     "vocabulary": (["--true-vocab-size", "12"], "--true-vocab-size 12, but the model's config.json says 259"),
+    "virtual stages": (["--num-virtual-stages-per-pipeline-rank", "2"], "--pipeline-model-parallel-size > 1"),
+    "recompute": (["--recompute-num-layers", "1"], "need --recompute-granularity"),
+    "unused flag": (["--talr-tau", "1"], "--talr-tau is for --loss-type talr, not eaft"),
+    "side column": (["--loss-type", "flow"], "--loss-type flow needs scores"),
     "save": (["--save-interval", "2"], "--save-interval without --save"),
 }
 
