@@ -16,8 +16,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-all lint clean
 
-# Plain "pip install torch" brings gigabytes of CUDA libraries. Without a GPU driver we ask for the CPU build where
-# pip can find one under that version; a torch that is already there is left alone.
+# A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
+# CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || { \
