@@ -74,7 +74,6 @@ def build_trainer(args: argparse.Namespace, device: torch.device, *, load_weight
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=args.use_distributed_optimizer,
-        check_for_nan_in_grad=True,
     )
     model = [DistributedDataParallel(config, ddp_config, chunk) for chunk in chunks]
     optimizer_config = OptimizerConfig(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +16,8 @@ from eaft_megatron.hooks.metrics import METRICS
 from eaft_megatron.training.setup import Trainer
 
 _LENGTH_MULTIPLE = 32  # samples are cut to the longest of the step, rounded up to this
+
+_UNCHANGED = "The weights are as before this iteration; look at its data, the learning rate, the precision"
 
 Batches = tuple[list[dict[str, Tensor]], int]
 """Micro-batches of one data-parallel rank, and their common length."""
@@ -97,8 +98,7 @@ def train_step(trainer: Trainer, step: Callable, batches: Batches, args: argpars
     """One optimizer step; returns the metrics, the same on every rank.
 
     Raises:
-        FloatingPointError: on every rank, before the weights change: a loss is not finite. (A gradient that is not
-            finite is found by megatron-core's own check, before the weights change too: RuntimeError.)
+        FloatingPointError: on every rank, before the weights change: a loss or a gradient is not finite.
     """
     for chunk in trainer.model:
         chunk.train()
@@ -106,10 +106,12 @@ def train_step(trainer: Trainer, step: Callable, batches: Batches, args: argpars
     trainer.optimizer.zero_grad()
     reports = run_schedule(trainer, step, batches, args, forward_only=False)
     metrics = reduce_reports(reports, iteration)
+    norms = [buffer.grad_data.norm() for chunk in trainer.model for buffer in chunk.buffers]
+    if ranks := _ranks_where(not all(bool(norm.isfinite()) for norm in norms)):
+        raise FloatingPointError(f"iteration {iteration}: a gradient is not finite on rank(s) {ranks}. {_UNCHANGED}")
     learning_rate = trainer.optimizer.param_groups[0]["lr"]
     ok, grad_norm, _ = trainer.optimizer.step()
-    if not ok or grad_norm is not None and not math.isfinite(grad_norm):
-        raise FloatingPointError(f"iteration {iteration}: the gradient norm is {grad_norm} (rank {dist.get_rank()})")
+    assert ok, "only fp16 loss scaling skips a step"
     trainer.scheduler.step(increment=args.global_batch_size)
     return metrics | {"grad norm": grad_norm, "learning rate": learning_rate}
 
@@ -140,14 +142,9 @@ def reduce_reports(reports: list[dict[str, Tensor]], iteration: int) -> dict[str
     for report in reports:
         sums[:-1] += torch.stack([report[name][0] for name in METRICS]).double()
         sums[-1] += report["lm loss"][1]
-    broken = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    broken[dist.get_rank()] = not bool(sums[:2].isfinite().all())
-    dist.all_reduce(broken)
-    if bool(broken.any()):
-        ranks = broken.nonzero().flatten().tolist()
+    if ranks := _ranks_where(not bool(sums[:2].isfinite().all())):
         raise FloatingPointError(
-            f"iteration {iteration}: the loss is not finite on rank(s) {ranks} of the last pipeline stage. The weights "
-            "have not been changed in this iteration; look at the data of this step, the learning rate, the precision"
+            f"iteration {iteration}: the loss is not finite on rank(s) {ranks} of the last pipeline stage. {_UNCHANGED}"
         )
     # Every tensor-parallel rank of the last stage holds the same sums: one of them speaks.
     if parallel_state.get_tensor_model_parallel_rank() != 0:
@@ -157,6 +154,16 @@ def reduce_reports(reports: list[dict[str, Tensor]], iteration: int) -> dict[str
     if tokens == 0:
         raise ValueError(f"iteration {iteration}: not one token of the batch is trained on")
     return {name: float(total) / tokens for name, total in zip(METRICS, sums, strict=False)} | {"tokens": tokens}
+
+
+def _ranks_where(condition: bool) -> list[int]:
+    """The ranks on which the condition holds, known to every rank: one all-reduce."""
+    flags = torch.zeros(
+        dist.get_world_size(), dtype=torch.int64, device=torch.device("cuda", torch.cuda.current_device())
+    )
+    flags[dist.get_rank()] = condition
+    dist.all_reduce(flags)
+    return flags.nonzero().flatten().tolist()
 
 
 def _load(
