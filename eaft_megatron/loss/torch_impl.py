@@ -78,11 +78,11 @@ def local_statistics(
         packed[:, k] = 0
         packed[:, k + 2 :] = 0
         return packed
+    packed[:, k + 1] = _gather_owned(rows, target, shard, spans)
     for _, part, wide, buffer in _chunks(rows[:, : shard.width], spans):
         out = packed[part]
         largest = _largest(wide, min(k, shard.width))
         out[:, : largest.shape[1]] = largest
-        out[:, k + 1] = _gather_owned(wide, target[part], shard)
         exponentials = torch.sub(wide, _finite_shift(largest[:, :1]), out=buffer).exp_()
         out[:, k] = exponentials.sum(dim=1)
         if sum_squares:
@@ -174,10 +174,15 @@ def _finite_shift(largest: Tensor) -> Tensor:
     return largest.masked_fill(largest == float("-inf"), 0)
 
 
-def _gather_owned(rows: Tensor, target: Tensor, shard: Shard) -> Tensor:
-    """``[N]``: the target's logit where this shard holds it, else -inf."""
+def _gather_owned(rows: Tensor, target: Tensor, shard: Shard, spans: Spans | None) -> Tensor:
+    """``[M]``: the target's logit where this shard holds it, else -inf."""
     index, owned = shard.local_index(target)
-    return rows.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill(~owned, float("-inf"))
+    if spans is None:
+        logit = rows.gather(1, index.unsqueeze(1)).squeeze(1)
+    else:
+        looked_at = [torch.arange(first, last, device=rows.device) for first, last in spans]
+        logit = rows[torch.cat(looked_at or [index]), index]
+    return logit.to(compute_dtype(rows)).masked_fill(~owned, float("-inf"))
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:
