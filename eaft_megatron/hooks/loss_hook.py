@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,11 @@ from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
 _METHOD = "compute_language_model_loss"
 _NOTED = ("labels", "loss_mask", "packed_seq_params")
 _IGNORE_INDEX = -100
+_MODELS = (  # module, class: the causal language models, whose callers know a loss mask
+    ("megatron.core.models.gpt.gpt_model", "GPTModel"),
+    ("megatron.core.models.mamba.mamba_model", "MambaModel"),
+    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,7 @@ class LossHook:
             fills the same tensors without running any Python.
         calls: how often the hook computed a loss.
         replayed: whether CUDA graphs may run the hook's work without calling it.
+        check_finite: whether the metrics' loss function must look for NaN and inf, since the host does not.
         side: columns for gates that need more than logits ("ref_logprob", "sample_weight"), each ``[b, s]``; a host
             that has them sets them before each forward pass, which takes them out.
     """
@@ -52,6 +59,7 @@ class LossHook:
     latest: Observation | None = None
     calls: int = 0
     replayed: bool = False
+    check_finite: bool = False
     side: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     _noted: dict[str, Any] | None = None
     _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
@@ -61,17 +69,30 @@ class LossHook:
 
         Training: the gate's loss. Evaluation (``model.eval()``): the plain cross entropy over the true vocabulary.
         """
+        if self._noted is None:
+            raise ValueError(
+                f"--loss-type {self.settings.loss_type} trains GPTModel, MambaModel and HybridModel: "
+                f"{type(model).__name__} came to its loss without passing through theirs, so its loss mask is not "
+                "known here. Call vocab_parallel_eaft_loss in its own loss instead"
+            )
         heads = getattr(model.config, "mtp_num_layers", None)
-        if heads and self._noted is not None and labels is not self._noted["labels"]:
+        if heads and labels is not self._noted["labels"]:
             return original(model, labels, logits)  # a multi-token-prediction head: rolled labels, plain cross entropy
-        target = _masked_target(labels, (self._noted or {}).get("loss_mask"))
+        loss_mask = self._noted["loss_mask"]
+        target = _masked_target(labels, loss_mask)
         gate = self.settings.gate()
+        if gate.needs_batch and loss_mask is None:
+            raise ValueError(
+                f"--loss-type {self.settings.loss_type} with these flags takes statistics over the tokens that count, "
+                f"and this script does not pass loss_mask to {type(model).__name__}: pass it, or use a loss without "
+                "percentile or median"
+            )
         side, self.side = self.side, {}  # a host that forgets to set them must not get the last micro-batch's
         if not model.training and not set(gate.needs_side) <= set(side):
             gate = SFTGate()  # what evaluation returns is the plain cross entropy in any case
         sequence_ids = None
         if gate.needs_sequence_ids:
-            sequence_ids = _sequence_ids(labels, (self._noted or {}).get("packed_seq_params")).transpose(0, 1)
+            sequence_ids = _sequence_ids(labels, self._noted["packed_seq_params"]).transpose(0, 1)
         loss, stats = vocab_parallel_token_loss(
             logits,
             target.transpose(0, 1).contiguous(),
@@ -116,7 +137,7 @@ def installed() -> LossHook | None:
 
 
 def install(settings: LossSettings) -> LossHook:
-    """Make every megatron-core GPTModel of this process compute its loss as ``settings`` say.
+    """Make every GPTModel, MambaModel and HybridModel of this process compute its loss as ``settings`` say.
 
     Models need not be built yet. The hook follows the host's ``loss_mask`` where the model is given one: a token
     whose mask is 0 is ignored before anything else is computed from it. ``"sft"`` is the plain cross entropy over the
@@ -128,7 +149,6 @@ def install(settings: LossSettings) -> LossHook:
     """
     global _installed
     from megatron.core.models.common.language_module.language_module import LanguageModule
-    from megatron.core.models.gpt.gpt_model import GPTModel
 
     if _installed is not None:
         raise ValueError("the EAFT loss hook is installed already; call eaft_megatron.hooks.uninstall() first")
@@ -142,8 +162,9 @@ def install(settings: LossSettings) -> LossHook:
         return hook.compute(self, labels, logits, original)
 
     try:
-        _rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
-        _note_arguments(hook, GPTModel, "_postprocess" if hasattr(GPTModel, "_postprocess") else "forward")
+        rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
+        for model in _language_models():
+            _note_arguments(hook, model, "_postprocess" if hasattr(model, "_postprocess") else "forward")
     except BaseException:
         hook.remove()
         raise
@@ -159,7 +180,23 @@ def uninstall() -> None:
         _installed = None
 
 
-def _rebind(hook: LossHook, owner: type, name: str, replacement: Callable) -> None:
+def _language_models() -> list[type]:
+    """Those of ``_MODELS`` that this megatron-core has; a name that only stands for another of them is left out."""
+    models = []
+    for module, name in _MODELS:
+        try:
+            model = getattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise  # the model is there, something that it needs is not
+            continue
+        if "forward" in vars(model):
+            models.append(model)
+    return models
+
+
+def rebind(hook: LossHook, owner: Any, name: str, replacement: Callable) -> None:
+    """Set ``owner.name`` (a class's or a module's) until the hook is removed."""
     original = owner.__dict__[name]
     setattr(owner, name, replacement)
     hook._undo.append(lambda: setattr(owner, name, original))
@@ -181,13 +218,18 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
                 f"{hook.settings.loss_type}. Remove the override, or call vocab_parallel_eaft_loss in it"
             )
         arguments = signature.bind(self, *args, **kwargs).arguments
+        if arguments.get("output_processor") is not None:
+            raise ValueError(
+                f"output_processor takes the loss of {type(self).__name__} into its own hands, where --loss-type "
+                f"{hook.settings.loss_type} cannot reach it: leave it out, or call vocab_parallel_eaft_loss in it"
+            )
         outer, hook._noted = hook._noted, {key: arguments.get(key) for key in _NOTED}
         try:
             return original(self, *args, **kwargs)
         finally:
             hook._noted = outer
 
-    _rebind(hook, owner, name, noting)
+    rebind(hook, owner, name, noting)
 
 
 def _language_module() -> type:

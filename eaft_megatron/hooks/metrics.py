@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eaft_megatron.hooks.loss_hook import LossHook, Observation
+from eaft_megatron.hooks.loss_hook import LossHook, Observation, installed
 
 CONFLICT_ENTROPY = 0.17
 """A token is a confident conflict below this normalised entropy, H / ln K (the centre of the paper's sigmoid) ..."""
@@ -33,22 +33,32 @@ def metric_sums(observation: Observation, loss_mask: Tensor) -> dict[str, Tensor
     }
 
 
-def wrap_forward_step(forward_step_func: Callable, hook: LossHook) -> Callable:
+def wrap_forward_step(forward_step_func: Callable, hook: LossHook | None = None) -> Callable:
     """``forward_step_func`` with a loss function whose report also holds :data:`METRICS`.
 
     The loss function must be a ``functools.partial`` whose first argument is the loss mask, as in pretrain_gpt and
-    its relatives, and report ``{"lm loss": tensor([sum, count])}`` (megatron-core 0.13 on).
+    its relatives. Its report must hold "lm loss" as ``tensor([sum, count])`` (Megatron-LM 0.13 on), as
+    ``(sum, count)`` summed over data-parallel ranks already (0.12), or as a scalar mean (forks of older releases);
+    the metrics come in the same form, and "lm loss" becomes the plain cross entropy.
+
+    Args:
+        forward_step_func: ``(data_iterator, model, ...) -> (output, loss_func, ...)``.
+        hook: what :func:`install` returned. None: whatever is installed when a step runs, and if nothing is, the
+            step is left as it is.
     """
 
     @functools.wraps(forward_step_func)
     def forward_step(*args: Any, **kwargs: Any):
-        before = hook.calls
+        active = hook or installed()
+        if active is None:
+            return forward_step_func(*args, **kwargs)
+        before = active.calls
         output, loss_func, *rest = forward_step_func(*args, **kwargs)
         if not (isinstance(loss_func, functools.partial) and loss_func.args):
             raise ValueError(
                 "forward_step must return functools.partial(loss_func, loss_mask, ...) as its loss function"
             )
-        return output, _with_metrics(loss_func, hook, before), *rest
+        return output, _with_metrics(loss_func, active, before), *rest
 
     return forward_step
 
@@ -65,11 +75,35 @@ def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: in
                 "the model computes its loss elsewhere"
             )
         *head, report = result
-        own = report.get("lm loss")
-        if not (isinstance(own, Tensor) and own.shape == (2,)):
-            raise ValueError(f"the report's 'lm loss' must be tensor([sum, count]), got {own!r}")
-        for name, total in metric_sums(hook.latest, loss_mask).items():
-            report[name] = torch.stack([total.to(own), own[1]])
+        if hook.check_finite and not bool(torch.isfinite(head[0]).all()):
+            raise RuntimeError(f"the loss of this micro-batch is {head[0].tolist()}: NaN or inf in the forward pass")
+        if not (isinstance(report, dict) and "lm loss" in report):
+            raise ValueError(f"the loss function must report 'lm loss', got {report!r}")
+        report.update(_in_form_of(report["lm loss"], metric_sums(hook.latest, loss_mask), loss_mask))
         return *head, report
 
     return with_metrics
+
+
+def _in_form_of(own: Any, sums: dict[str, Tensor], loss_mask: Tensor) -> dict[str, Any]:
+    """The metrics as the host reports its own loss, so that it averages them in the same way."""
+    if isinstance(own, Tensor) and own.numel() == 2:
+        return {name: torch.stack([total.to(own), own.view(-1)[1]]).view(own.shape) for name, total in sums.items()}
+    if isinstance(own, (tuple, list)) and len(own) == 2:
+        totals = _sum_over_data_parallel(torch.stack(list(sums.values())))
+        return {name: (total, own[1]) for name, total in zip(sums, totals, strict=True)}
+    if isinstance(own, Tensor) and own.numel() == 1:
+        count = loss_mask.sum().float().view(1)
+        totals = _sum_over_data_parallel(torch.cat([torch.stack(list(sums.values())), count]))
+        means = (totals[:-1] / totals[-1]).to(own.dtype)
+        return {name: mean.view(own.shape) for name, mean in zip(sums, means, strict=True)}
+    raise ValueError(
+        f"the report's 'lm loss' must be tensor([sum, count]), (sum, count) or a scalar tensor, got {own!r}"
+    )
+
+
+def _sum_over_data_parallel(values: Tensor) -> Tensor:
+    from megatron.core import parallel_state
+
+    torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return values

@@ -1,0 +1,236 @@
+"""Megatron-LM's training loop: flags, start, report. What ``run`` rebinds and what the patches call.
+
+Read in core_v0.12.3 to core_v0.19.0: ``parse_args`` looks ``add_megatron_arguments`` up as a module global,
+``validate_args`` follows it, ``pretrain`` takes the forward step as the argument ``forward_step_func``, and
+``train_step``, ``evaluate`` and ``evaluate_and_print_results`` are module globals of ``megatron.training.training``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from eaft_megatron.hooks.arguments import add_eaft_arguments, settings_from_args
+from eaft_megatron.hooks.loss_hook import LossHook, install, installed, rebind
+from eaft_megatron.hooks.metrics import METRICS, wrap_forward_step
+from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
+
+
+def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) -> Callable | None:
+    """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
+
+    Call it once, after Megatron's own checks of the flags and before ``pretrain`` builds the model. With
+    ``--loss-type sft`` it does nothing: Megatron's own loss runs.
+
+    Returns:
+        ``forward_step_func`` with our metrics in its report (None if none was given).
+
+    Raises:
+        ValueError: a flag is wrong, or takes the loss where the hook cannot reach it.
+    """
+    settings = settings_from_args(args)
+    if settings.loss_type == "sft":
+        return forward_step_func
+    active = installed()
+    if active is None:
+        refuse_unsupported(args)
+        _refuse_without_scores(settings)
+        active = install(settings)
+        active.check_finite = turns_off_nan_check(args)
+        _advise(args)
+        _watch_training(active)
+    elif active.settings != settings:
+        raise ValueError("the loss hook is installed already, with other settings than the flags: give one of them")
+    return None if forward_step_func is None else wrap_forward_step(forward_step_func, active)
+
+
+def rebind_megatron() -> None:
+    """Have Megatron-LM's modules take the loss flags and call :func:`attach` themselves; scripts stay untouched.
+
+    Raises:
+        ValueError: this Megatron-LM is not one we know: what is missing is named.
+    """
+    from megatron import training as package
+    from megatron.training import arguments, initialize, training
+
+    for owner, name in (
+        (arguments, "add_megatron_arguments"),
+        (arguments, "validate_args"),
+        (training, "pretrain"),
+        (training, "train_step"),
+        (training, "evaluate"),
+        (training, "evaluate_and_print_results"),
+    ):
+        if not callable(getattr(owner, name, None)):
+            raise ValueError(f"{owner.__name__} of this Megatron-LM has no {name}: unknown version; see patches/")
+    if "forward_step_func" not in inspect.signature(training.pretrain).parameters:
+        raise ValueError("pretrain() of this Megatron-LM takes no forward_step_func: unknown version; see patches/")
+    arguments.add_megatron_arguments = _with_our_flags(arguments.add_megatron_arguments)
+    validate = _attaching(arguments.validate_args)
+    pretrain = _with_our_forward_step(training.pretrain)
+    arguments.validate_args = validate
+    if hasattr(initialize, "validate_args"):  # 0.12 to 0.17 call it from there, under the name they imported
+        initialize.validate_args = validate
+    training.pretrain = package.pretrain = pretrain
+
+
+def _with_our_flags(add_megatron_arguments: Callable) -> Callable:
+    @functools.wraps(add_megatron_arguments)
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = add_megatron_arguments(parser)
+        refuse_taken_flag(parser)
+        return add_eaft_arguments(parser)
+
+    return add
+
+
+def refuse_taken_flag(parser: argparse.ArgumentParser) -> None:
+    """``ValueError`` if the script's own parser has a flag of ours already."""
+    ours = argparse.ArgumentParser(add_help=False)
+    add_eaft_arguments(ours)
+    taken = sorted(set(ours._option_string_actions) & set(parser._option_string_actions))
+    if taken:
+        raise ValueError(taken_flag_message(taken[0]))
+
+
+def taken_flag_message(flag: str) -> str:
+    """What to do where the script defines a flag of ours."""
+    return (
+        f"this script defines {flag} itself, so it cannot choose the loss here. Call "
+        "eaft_megatron.hooks.install(LossSettings(...)) from Python instead, and leave eaft_megatron.run out"
+    )
+
+
+def _attaching(validate_args: Callable) -> Callable:
+    @functools.wraps(validate_args)
+    def validate(args: argparse.Namespace, *rest: Any, **kwargs: Any):
+        if not hasattr(args, "loss_type"):
+            raise ValueError("--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead")
+        result = validate_args(args, *rest, **kwargs)
+        attach(args)
+        return result
+
+    return validate
+
+
+def _with_our_forward_step(pretrain: Callable) -> Callable:
+    signature = inspect.signature(pretrain)
+
+    @functools.wraps(pretrain)
+    def with_metrics(*args: Any, **kwargs: Any):
+        bound = signature.bind(*args, **kwargs)
+        # The flags may not have been parsed yet (0.12 to 0.17): whether there is a hook, each step looks up.
+        bound.arguments["forward_step_func"] = wrap_forward_step(bound.arguments["forward_step_func"])
+        return pretrain(*bound.args, **bound.kwargs)
+
+    return with_metrics
+
+
+def _refuse_without_scores(settings) -> None:
+    if columns := settings.gate().needs_side:
+        raise ValueError(
+            f"--loss-type {settings.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
+            "data, which this script's batches do not carry; vocab_parallel_token_loss takes them as side="
+        )
+
+
+def _advise(args: argparse.Namespace) -> None:
+    """Say on rank 0 what is allowed and seldom meant."""
+    if getattr(args, "rank", 0) != 0:
+        return
+    if not getattr(args, "calculate_per_token_loss", False):
+        warnings.warn(
+            "without --calculate-per-token-loss Megatron averages per micro-batch first, so tokens of short samples "
+            "weigh more; the paper's code averages over all tokens of the batch",
+            stacklevel=2,
+        )
+    if args.true_vocab_size is None:
+        warnings.warn(
+            "without --true-vocab-size (config.vocab_size of the Hugging Face model) the columns that pad the "
+            "vocabulary for tensor parallelism count as tokens",
+            stacklevel=2,
+        )
+
+
+def _watch_training(hook: LossHook) -> None:
+    """See that the hook is called in the first step, and keep our metrics out of Megatron's perplexities."""
+    from megatron.training import training
+
+    rebind(hook, training, "train_step", _checking_first_step(hook, training.train_step))
+    kept: list[dict[str, float]] = []
+    rebind(hook, training, "evaluate", _keeping_metrics(kept, training.evaluate))
+    rebind(hook, training, "evaluate_and_print_results", _printing_metrics(kept, training.evaluate_and_print_results))
+
+
+def _checking_first_step(hook: LossHook, train_step: Callable) -> Callable:
+    checked = False
+
+    @functools.wraps(train_step)
+    def step(*args: Any, **kwargs: Any):
+        nonlocal checked
+        result = train_step(*args, **kwargs)
+        if not checked:
+            checked = True
+            from megatron.core import parallel_state
+
+            if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and not (hook.calls or hook.replayed):
+                raise RuntimeError(
+                    f"--loss-type {hook.settings.loss_type}: the first step is over and the loss hook was never "
+                    "called; the model computes its loss elsewhere"
+                )
+        return result
+
+    return step
+
+
+def _keeping_metrics(kept: list[dict[str, float]], evaluate: Callable) -> Callable:
+    """Megatron prints "<key> PPL" for whatever was evaluated, which makes sense for "lm loss" alone."""
+
+    @functools.wraps(evaluate)
+    def without_metrics(*args: Any, **kwargs: Any):
+        result = evaluate(*args, **kwargs)
+        if result[0]:  # empty before the last stage, None when the time is up
+            kept.append({name: float(result[0].pop(name)) for name in METRICS[1:] if name in result[0]})
+        return result
+
+    return without_metrics
+
+
+def _printing_metrics(kept: list[dict[str, float]], evaluate_and_print_results: Callable) -> Callable:
+    signature = inspect.signature(evaluate_and_print_results)
+
+    @functools.wraps(evaluate_and_print_results)
+    def with_metrics(*args: Any, **kwargs: Any):
+        from megatron.training import training
+
+        arguments = signature.bind(*args, **kwargs).arguments
+        kept.clear()
+        result = evaluate_and_print_results(*args, **kwargs)
+        iteration = arguments["iteration"]
+        writer = training.get_tensorboard_writer() if arguments.get("write_to_tensorboard", True) else None
+        for index, metrics in enumerate(kept):
+            suffix = _suffix(training.get_args(), index)
+            line = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
+            training.print_rank_last(f" validation{suffix} at {arguments['prefix']} | {line} | ")
+            named = {f"{name} validation{suffix}": value for name, value in metrics.items()}
+            if writer:
+                for name, value in named.items():
+                    writer.add_scalar(name, value, iteration)
+            wandb = training.get_wandb_writer()
+            if wandb and training.is_last_rank():
+                wandb.log(named, iteration)
+        return result
+
+    return with_metrics
+
+
+def _suffix(args: argparse.Namespace, index: int) -> str:
+    """What Megatron puts behind "validation" where it evaluates several sets."""
+    if not getattr(args, "multiple_validation_sets", False):
+        return ""
+    names = getattr(args, "validation_set_names", None)
+    return f"-{names[index] if names else index}"

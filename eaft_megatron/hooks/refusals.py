@@ -1,0 +1,58 @@
+"""Settings of Megatron-LM under which our loss would not be what is trained: each is refused, none ignored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+_REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
+    (
+        lambda args: getattr(args, "use_legacy_models", False),
+        "--use-legacy-models computes its loss outside megatron-core: leave it out",
+    ),
+    (
+        lambda args: (
+            getattr(args, "cross_entropy_loss_fusion", False)
+            and getattr(args, "cross_entropy_fusion_impl", "native") != "native"
+        ),
+        "--cross-entropy-loss-fusion with --cross-entropy-fusion-impl other than native asks for another loss kernel: "
+        "leave both out, this loss is fused already",
+    ),
+    (
+        lambda args: bool(getattr(args, "export_kd_teacher_load", None)),
+        "--export-kd-teacher-load (knowledge distillation) replaces the model's loss: leave it out",
+    ),
+    (
+        lambda args: bool(getattr(args, "logits_load_dir", None)),
+        "--logits-load-dir (distillation from cached logits) replaces the model's loss: leave it out",
+    ),
+    (
+        lambda args: bool(getattr(args, "perform_rl_step", False)),
+        "--perform-rl-step trains on its own objective: leave it out",
+    ),
+    (
+        lambda args: getattr(args, "check_for_nan_in_loss_and_grad", True) is False and not _own_doing(args),
+        "--no-check-for-nan-in-loss-and-grad would let NaN or inf logits train on: leave it out",
+    ),
+    (
+        lambda args: bool(getattr(args, "label_smoothing", 0)),
+        "--label-smoothing is not part of this loss: leave it out",
+    ),
+)
+
+
+def refuse_unsupported(args: argparse.Namespace) -> None:
+    """``ValueError`` naming the first flag that takes the loss elsewhere, and the way out."""
+    for applies, message in _REFUSED:
+        if applies(args):
+            raise ValueError(f"--loss-type {args.loss_type}: {message}; or train with --loss-type sft")
+
+
+def turns_off_nan_check(args: argparse.Namespace) -> bool:
+    """Whether Megatron itself looks for no NaN in the loss, so that we have to."""
+    return getattr(args, "check_for_nan_in_loss_and_grad", True) is False
+
+
+def _own_doing(args: argparse.Namespace) -> bool:
+    """fp16 with a dynamic loss scale: Megatron turns the check off, for gradients may overflow."""
+    return bool(getattr(args, "fp16", False)) and not getattr(args, "loss_scale", None)

@@ -1,0 +1,93 @@
+"""Run a Megatron-LM training script, untouched, with ``--loss-type`` among its flags.
+
+    torchrun ... -m eaft_megatron.run pretrain_gpt.py <its flags> --loss-type eaft
+
+Nothing in the script or its checkout changes: the flags, the loss and the metrics are put into megatron-core and
+megatron.training before the script starts. ``--loss-type sft``, the default, leaves Megatron's own loss alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import runpy
+import sys
+import traceback
+from pathlib import Path
+
+_USAGE = "python -m eaft_megatron.run [--device cpu] SCRIPT [the script's flags] [--loss-type eaft ...]"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script as ``__main__``; returns the exit code. Wrong flags come without a traceback."""
+    try:
+        _run(*_parse(sys.argv[1:] if argv is None else argv))
+        return 0
+    except (ValueError, FileNotFoundError) as error:
+        if not _raised_here(error):
+            raise
+        print(f"[rank {os.environ.get('RANK', '0')}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the error is ours, and its message says all there is to say."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, Path, list[str]]:
+    """Our own options stand before the script, its flags behind it."""
+    parser = argparse.ArgumentParser(prog="eaft_megatron.run", usage=_USAGE, allow_abbrev=False)
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: gloo, CUDA calls stood in for")
+    parser.add_argument("script", type=Path, help="a script that calls megatron.training.pretrain")
+    parser.add_argument("flags", nargs=argparse.REMAINDER)
+    options = parser.parse_args(argv)
+    if not options.script.is_file():
+        raise FileNotFoundError(f"no such script: {options.script} (usage: {_USAGE})")
+    return options, options.script, options.flags
+
+
+def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
+    sys.argv = [str(script), *flags]
+    sys.path[0] = str(script.resolve().parent)  # as a direct run has it: the checkout before what is installed
+    with contextlib.ExitStack() as stack:
+        if options.device == "cpu":
+            from eaft_megatron.testing.cpu_script import script_standins
+
+            stack.enter_context(script_standins())
+        _hook_in()
+        try:
+            runpy.run_path(str(script), run_name="__main__")
+        except argparse.ArgumentError as error:  # the script's own extra flags come after ours
+            _explain_taken_flag(error)
+            raise
+
+
+def _hook_in() -> None:
+    from eaft_megatron.hooks import rebind_megatron
+
+    try:
+        rebind_megatron()
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("megatron"):
+            raise
+        raise ValueError(
+            f"no {error.name} beside the script or installed: the script must lie in a Megatron-LM checkout, or "
+            "PYTHONPATH name one"
+        ) from error
+
+
+def _explain_taken_flag(error: argparse.ArgumentError) -> None:
+    from eaft_megatron.hooks import add_eaft_arguments
+    from eaft_megatron.hooks.megatron_lm import taken_flag_message
+
+    ours = add_eaft_arguments(argparse.ArgumentParser(add_help=False))
+    for flag in ours._option_string_actions:
+        if flag in str(error).replace(",", " ").replace(":", " ").split():
+            raise ValueError(taken_flag_message(flag)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

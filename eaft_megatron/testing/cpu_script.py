@@ -1,0 +1,83 @@
+"""Stand-ins with which an untouched Megatron-LM training script runs on CPU. For ``run --device cpu`` only."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from eaft_megatron.testing.cpu import _Patcher, cpu_standins
+
+_FLAGS = {"--distributed-backend": "gloo"}
+_EXPLAINED = "--device cpu: {flag} {value} needs a GPU; leave it out, or give {flag} {ours}"
+
+
+@contextlib.contextmanager
+def script_standins() -> Iterator[None]:
+    """:func:`cpu_standins`, and what ``megatron.training`` does at start beside them. ``sys.argv`` gains gloo.
+
+    Raises:
+        RuntimeError: CUDA is available.
+        ValueError: a flag asks for another backend than gloo.
+    """
+    _choose_gloo()
+    # Megatron compiles its dataset helpers with whatever python3 comes first, and must find this one's headers.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the checkpoint writers' processes have no stand-ins
+    with cpu_standins(), contextlib.ExitStack() as stack:
+        patch = _Patcher(stack)
+        _stand_in_for_start(patch)
+        # It warns in every layer that the CPU's generator moved with the "CUDA" one, which is the CPU's here.
+        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # gloo may abort in a group still alive at exit
+
+
+def _choose_gloo() -> None:
+    for flag, ours in _FLAGS.items():
+        if flag not in sys.argv:
+            sys.argv += [flag, ours]
+        elif (value := sys.argv[sys.argv.index(flag) + 1 :][:1]) != [ours]:
+            raise ValueError(_EXPLAINED.format(flag=flag, value=" ".join(value), ours=ours))
+
+
+def _stand_in_for_start(patch: _Patcher) -> None:
+    from megatron.core.datasets import utils as datasets
+    from megatron.training import initialize, training
+
+    for module in (initialize, training):  # the second imported the function under its name
+        patch(module, initialize_megatron=_without_cuda(initialize.initialize_megatron))
+    if hasattr(initialize, "fused_kernels"):  # 0.12 to 0.16 build CUDA extensions
+        patch(initialize.fused_kernels, load=lambda args: None)
+    patch(datasets, compile_helpers=_if_missing(datasets.compile_helpers))
+
+
+def _without_cuda(initialize_megatron: Callable) -> Callable:
+    """Its own switch for machines without CUDA, which its training loop does not set."""
+
+    @functools.wraps(initialize_megatron)
+    def initialize(*args: Any, **kwargs: Any) -> Any:
+        return initialize_megatron(*args, **{**kwargs, "allow_no_cuda": True})
+
+    return initialize
+
+
+def _if_missing(compile_helpers: Callable) -> Callable:
+    """A wheel has the helpers, and no Makefile to make them with."""
+
+    def compile_if_missing() -> None:
+        try:
+            import megatron.core.datasets.helpers_cpp  # noqa: F401
+        except ImportError:
+            compile_helpers()
+
+    return compile_if_missing
