@@ -6,7 +6,9 @@ import contextlib
 import functools
 import logging
 import os
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,8 +29,6 @@ def script_standins() -> Iterator[None]:
         ValueError: a flag asks for another backend than gloo.
     """
     _choose_gloo()
-    # Megatron compiles its dataset helpers with whatever python3 comes first, and must find this one's headers.
-    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # the checkpoint writers' processes have no stand-ins
     with cpu_standins(), contextlib.ExitStack() as stack:
         patch = _Patcher(stack)
@@ -54,11 +54,12 @@ def _stand_in_for_start(patch: _Patcher) -> None:
     from megatron.core.datasets import utils as datasets
     from megatron.training import initialize, training
 
+    without_cuda = _without_cuda(initialize.initialize_megatron)
     for module in (initialize, training):  # the second imported the function under its name
-        patch(module, initialize_megatron=_without_cuda(initialize.initialize_megatron))
+        patch(module, initialize_megatron=without_cuda)
     if hasattr(initialize, "fused_kernels"):  # 0.12 to 0.16 build CUDA extensions
         patch(initialize.fused_kernels, load=lambda args: None)
-    patch(datasets, compile_helpers=_if_missing(datasets.compile_helpers))
+    patch(datasets, compile_helpers=_compile_helpers)
 
 
 def _without_cuda(initialize_megatron: Callable) -> Callable:
@@ -71,13 +72,19 @@ def _without_cuda(initialize_megatron: Callable) -> Callable:
     return initialize
 
 
-def _if_missing(compile_helpers: Callable) -> Callable:
-    """A wheel has the helpers, and no Makefile to make them with."""
+def _compile_helpers() -> None:
+    """Megatron's dataset helpers, unless they are there (a wheel has them, and no Makefile to make them with).
 
-    def compile_if_missing() -> None:
-        try:
-            import megatron.core.datasets.helpers_cpp  # noqa: F401
-        except ImportError:
-            compile_helpers()
+    Its Makefile asks whatever python3 and python3-config come first on PATH, which need not be this interpreter's.
+    """
+    from megatron.core import datasets
 
-    return compile_if_missing
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        import pybind11
+
+        includes = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        folder = os.path.dirname(datasets.__file__)
+        subprocess.run(["make", "-C", folder, f"CPPFLAGS={includes}", f"LIBEXT={suffix}"], check=True)

@@ -1,0 +1,89 @@
+"""Megatron-LM's untouched pretrain_gpt.py under ``eaft_megatron.run --device cpu``. Needs a clone of Megatron-LM."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hooks.megatron_script import VOCAB, checkout, command, environment, reported, run
+
+CLONE = os.environ.get("MEGATRON_LM_PATH")
+TAGS = os.environ.get("MEGATRON_LM_TAGS", "core_v0.16.1 core_v0.19.0").split()
+EAFT = ["--loss-type", "eaft", "--true-vocab-size", str(VOCAB)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CLONE, reason="MEGATRON_LM_PATH does not name a clone of NVIDIA/Megatron-LM"),
+    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Megatron-LM's training loop imports triton"),
+]
+
+LAYOUTS = {
+    "tp2": (dict(tp=2, processes=2), []),
+    "pp2": (dict(pp=2, processes=2), []),
+    "tp2 pp2": (dict(tp=2, pp=2, processes=4), []),
+    "tp2 sequence parallel": (dict(tp=2, processes=2), ["--sequence-parallel"]),
+    "pp2 interleaved": (dict(pp=2, processes=2), ["--num-layers-per-virtual-pipeline-stage", "1"]),
+    "dp2 distributed optimizer": (dict(processes=2), ["--use-distributed-optimizer"]),
+}
+
+
+@pytest.fixture(scope="module", params=TAGS)
+def script(request, tmp_path_factory) -> Path:
+    """pretrain_gpt.py of one release."""
+    return checkout(CLONE, request.param, tmp_path_factory.getbasetemp() / "releases")
+
+
+@pytest.fixture(scope="module")
+def start(script, tmp_path_factory) -> tuple[list[str], list[dict[str, str]]]:
+    """Flags that load the common checkpoint, and what five steps from it print on one process."""
+    folder = script.parent / "checkpoint"
+    if not folder.exists():
+        run(script, ["--train-iters", "1", "--lr", "1e-9", "--save", str(folder), "--save-interval", "1"], port=29750)
+    flags = ["--load", str(folder), "--finetune", "--train-iters", "5", *EAFT]
+    return flags, reported(run(script, flags, port=29751))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_losses_at_every_layout(script, start, layout):
+    """From one checkpoint: the first step's eaft loss to 1e-5 of one process's, the fifth's to 1e-3."""
+    flags, expected = start
+    sizes, extra = LAYOUTS[layout]
+    actual = reported(run(script, [*flags, *extra], **sizes, port=29752))
+    assert len(actual) == len(expected) == 5
+    for step, tolerance in ((0, 1e-5), (4, 1e-3)):
+        for name in ("eaft loss", "lm loss", "eaft weight", "eaft entropy"):
+            assert float(actual[step][name]) == pytest.approx(float(expected[step][name]), rel=tolerance), (step, name)
+
+
+def test_sft_is_megatrons_own(script):
+    """--loss-type sft prints what the script prints without us, to the last digit."""
+    flags = ["--train-iters", "3"]
+    expected = reported(run(script.with_name("plain.py"), flags, port=29753))
+    actual = reported(run(script, [*flags, "--loss-type", "sft"], port=29754))
+    assert len(expected) == 3 and "lm loss" in expected[0] and "eaft loss" not in actual[0]
+    assert actual == expected
+
+
+def test_killed_and_resumed(script, tmp_path):
+    """Save every two steps, kill -9 in the fifth, resume: the uninterrupted run's lines, to the last digit."""
+    flags = ["--train-iters", "6", *EAFT]
+    expected = reported(run(script, [*flags, "--save", str(tmp_path / "whole"), "--save-interval", "2"], port=29755))
+    resumable = [*flags, "--save", str(tmp_path / "cut"), "--load", str(tmp_path / "cut"), "--save-interval", "2"]
+    argv = command(script, resumable, port=29756)
+    with subprocess.Popen(
+        argv, env=environment(script), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, process_group=0
+    ) as process:
+        for line in process.stdout:
+            if "iteration        5/" in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        else:
+            pytest.fail("the run ended before it could be killed")
+    time.sleep(1)
+    assert (tmp_path / "cut" / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert reported(run(script, resumable, port=29757)) == expected[4:]

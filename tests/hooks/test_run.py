@@ -1,0 +1,146 @@
+"""``python -m eaft_megatron.run`` on a script in the shape of pretrain_gpt.py, see small_megatron/."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eaft_megatron.loss.reference import reference_eaft_loss
+from eaft_megatron.testing import run_distributed
+
+SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
+PLAIN = """
+import runpy, sys
+from eaft_megatron.testing.cpu_script import script_standins
+
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+with script_standins():
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
+    """The finished process of a run under torchrun."""
+    runner = ["-m", "eaft_megatron.run", "--device", "cpu"] if hooked else ["--no-python", sys.executable, "-c", PLAIN]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "STYLE": style}
+    return subprocess.run(
+        [*torchrun, *runner, str(script), *flags], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def lines(done: subprocess.CompletedProcess) -> list[dict[str, float]]:
+    """The numbers of each printed iteration and evaluation."""
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    printed = [line for line in done.stdout.splitlines() if re.match(r" (iteration|validation)", line)]
+    return [{name: float(value) for name, value in re.findall(r"\| ([a-zA-Z ]+): (\S+)", line)} for line in printed]
+
+
+def _expected(rank: int) -> dict[str, float]:
+    """Means over the first global batch, from the tiny model's own logits and the reference."""
+    from eaft_megatron.testing.cpu import cpu_standins
+
+    with cpu_standins():
+        from eaft_megatron.testing.tiny_gpt import build_tiny_gpt, global_batch, model_parallel, tiny_config
+
+        with model_parallel(), torch.no_grad():
+            batch = global_batch(0)
+            logits = build_tiny_gpt(tiny_config())[0](batch["tokens"], batch["position_ids"], None).double()
+            target = batch["labels"].masked_fill(batch["loss_mask"] == 0, -100)
+            columns = reference_eaft_loss(logits, target)
+    names = ("eaft loss", "lm loss", "eaft entropy", "eaft weight")
+    count = batch["loss_mask"].sum()
+    return {name: float(column.sum() / count) for name, column in zip(names, columns, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, float]:
+    """What the first iteration must print."""
+    return run_distributed(_expected, 1)[0]
+
+
+@pytest.mark.parametrize("style, report, processes", [("old", "tensor", 2), ("new", "tuple", 2), ("new", "tensor", 1)])
+def test_an_untouched_script_trains_with_the_loss(expected, style, report, processes):
+    """Flags parsed within pretrain or before it, reports of every kind, tensor parallel 1 and 2."""
+    layout = ("--tensor-model-parallel-size", str(processes))
+    done = start("--loss-type", "eaft", "--report", report, *layout, processes=processes, style=style)
+    first, second, evaluated, metrics = lines(done)
+    for name, value in expected.items():
+        assert first[name] == pytest.approx(value, rel=1e-5), name
+    assert second["eaft loss"] < first["eaft loss"]
+    # Megatron's own line has the plain cross entropy alone: it prints a perplexity of whatever stands there.
+    assert set(evaluated) == {"lm loss value", "lm loss PPL"}
+    assert set(metrics) == {"eaft loss", "eaft weight", "eaft entropy", "eaft conflict rate"}
+    assert evaluated["lm loss value"] > metrics["eaft loss"] > 0
+
+
+def test_several_validation_sets_and_a_scalar_report():
+    """Each set's metrics stand under its number; a scalar report is a mean of the micro-batches' means."""
+    done = start("--loss-type", "eaft", "--report", "scalar", "--multiple-validation-sets")
+    first, *_ = lines(done)
+    assert 0 < first["eaft weight"] < 1 and first["eaft loss"] < first["lm loss"]
+    assert " validation-0 at the end | eaft loss" in done.stdout
+    assert " validation-1 at the end | eaft loss" in done.stdout
+
+
+def test_sft_is_the_scripts_own_loss():
+    """--loss-type sft prints what the script prints without us."""
+    assert lines(start("--loss-type", "sft")) == lines(start(hooked=False))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_what_is_not_finite_ends_the_run_where_megatron_does_not_look(value):
+    """fp16 with a dynamic loss scale turns Megatron's check off; ours takes its place."""
+    done = start("--loss-type", "eaft", "--fp16", "--poison", value)
+    assert done.returncode != 0 and "NaN or inf in the forward pass" in done.stderr
+
+
+def test_a_loss_computed_elsewhere_ends_the_run():
+    """The script never asks the model for its loss."""
+    done = start("--loss-type", "eaft", "--without-model-loss")
+    assert done.returncode != 0 and "the loss hook was not called in this forward pass" in done.stderr
+
+
+def test_a_wrong_flag_is_one_line(tmp_path):
+    """No traceback where the message says it all, and the rank in front."""
+    done = start("--loss-type", "eaft", "--use-legacy-models")
+    assert done.returncode == 1
+    assert "[rank 0] ValueError: --loss-type eaft: --use-legacy-models computes its loss outside" in done.stderr
+    assert "refusals.py" not in done.stderr
+
+
+def test_help_has_a_group_of_its_own():
+    """The flags are found where a user looks for them."""
+    done = start("--help")
+    assert done.returncode == 0
+    group = done.stdout[done.stdout.index("\neaft:") :]
+    assert "--loss-type {sft,eaft,dft,talr,flow,sft-kl}" in group and "--eaft-topk K" in group
+
+
+def test_a_flag_that_the_script_adds_itself(tmp_path):
+    """The script's own --loss-type is named with the way out, wherever the script adds it."""
+    script = tmp_path / "fork.py"
+    script.write_text(
+        "from megatron.training.arguments import parse_args\n"
+        "parse_args(lambda parser: parser.add_argument('--loss-type') and parser)\n"
+    )
+    (tmp_path / "megatron").symlink_to(SCRIPT.parent / "megatron")
+    done = start(script=script)
+    assert done.returncode == 1
+    assert "this script defines --loss-type itself" in done.stderr and "hooks.install" in done.stderr
+
+
+def test_a_missing_script_or_megatron_is_said(tmp_path):
+    """Before anything heavy is imported."""
+    done = start(script=tmp_path / "nowhere.py")
+    assert done.returncode == 1 and "no such script" in done.stderr
+    (tmp_path / "alone.py").write_text("")
+    done = start(script=tmp_path / "alone.py")
+    assert done.returncode == 1 and "must lie in a Megatron-LM checkout" in done.stderr
