@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from eaft_megatron import (
     ConflictMaskGate,
@@ -185,6 +188,51 @@ def test_hook(check):
     """Each check in a process of its own: the hook and megatron-core keep state in classes and modules."""
     pytest.importorskip("megatron.core")
     run_distributed(_in_megatron, 1, check, timeout=90)
+
+
+BATCH_GATES = {
+    "percentile": LossSettings("eaft", eaft_gate="threshold", percentile=30.0, true_vocab_size=VOCAB),
+    "median": LossSettings("talr", true_vocab_size=VOCAB),
+}
+
+
+def _batch_gates() -> dict:
+    """Two data-parallel ranks, each with its half of four sequences; the first also answers for the whole batch."""
+    from eaft_megatron.testing.cpu import cpu_standins
+
+    with cpu_standins():
+        from eaft_megatron.testing.tiny_gpt import build_tiny_gpt, global_batch, model_parallel, tiny_config
+
+        with model_parallel():
+            model = build_tiny_gpt(tiny_config())[0]
+            whole = global_batch(0, samples=4, vocab_size=VOCAB)
+            half = {name: value.chunk(2)[dist.get_rank()] for name, value in whole.items()}
+            out = {"whole": _expected(model, whole, mask=True), "loss_mask": whole["loss_mask"]}
+            for name, settings in BATCH_GATES.items():
+                hook = install(settings)
+                loss = _call(model.train(), half, loss_mask=half["loss_mask"])
+                out[name] = loss.detach(), hook.latest.stats.weight
+                with pytest.raises(ValueError, match="does not pass loss_mask to GPTModel"):
+                    _call(model, half)
+                uninstall()
+    return out
+
+
+def test_batch_statistics_reach_over_data_parallel_ranks():
+    """The percentile and TALR's median are those of both ranks' tokens and sequences."""
+    ranks = run_distributed(_batch_gates, 2)
+    _, ce, entropy, _ = ranks[0]["whole"]
+    valid = ranks[0]["loss_mask"] != 0
+    h = entropy / math.log(20)
+    weights = {"percentile": (h > torch.quantile(h[valid], 0.30)).double()}
+    tau = float(np.median([float(ce[row][valid[row]].mean()) for row in range(4)]))
+    weights["median"] = (-ce / tau).exp().clamp(min=0.01)
+    for name, weight in weights.items():
+        expected = torch.where(valid, weight, 0.0)
+        loss, actual = (torch.cat(parts) for parts in zip(*(rank[name] for rank in ranks), strict=True))
+        assert int((expected[valid] < 1).sum()) > 0, "the case tests nothing"
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.double(), expected * ce, rtol=1e-4, atol=1e-5)
 
 
 def test_metrics_ignore_what_the_host_masks_late():

@@ -43,7 +43,7 @@ def lines(done: subprocess.CompletedProcess) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in re.findall(r"\| ([a-zA-Z ]+): (\S+)", line)} for line in printed]
 
 
-def _expected(rank: int) -> dict[str, float]:
+def _expected() -> dict[str, float]:
     """Means over the first global batch, from the tiny model's own logits and the reference."""
     from eaft_megatron.testing.cpu import cpu_standins
 

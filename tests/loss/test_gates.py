@@ -151,7 +151,7 @@ def _answers(tp: int, dtype: torch.dtype) -> dict[str, tuple]:
     return out
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gates_match_their_papers(tp):
     """Loss, weight and gradient in float64 over DP 2 x TP: batch statistics see both halves, whatever TP."""
     ranks = run_distributed(_answers, 2 * tp, tp, torch.float64, timeout=120)
