@@ -19,6 +19,8 @@ from eaft_megatron.hooks.loss_hook import LossHook, install, installed, rebind
 from eaft_megatron.hooks.metrics import METRICS, wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
 
+_NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
+
 
 def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) -> Callable | None:
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
@@ -32,6 +34,8 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     Raises:
         ValueError: a flag is wrong, or takes the loss where the hook cannot reach it.
     """
+    if not hasattr(args, "loss_type"):
+        raise ValueError(_NO_YAML)
     settings = settings_from_args(args)
     if settings.loss_type == "sft":
         return forward_step_func
@@ -83,9 +87,23 @@ def _with_our_flags(add_megatron_arguments: Callable) -> Callable:
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_megatron_arguments(parser)
         refuse_taken_flag(parser)
+        parser.parse_known_args = _refusing_yaml(parser.parse_known_args)  # parse_args goes through it too
         return add_eaft_arguments(parser)
 
     return add
+
+
+def _refusing_yaml(parse_known_args: Callable) -> Callable:
+    """With --yaml-cfg Megatron throws the parsed flags away, and calls another function than validate_args."""
+
+    @functools.wraps(parse_known_args)
+    def parse(*args: Any, **kwargs: Any):
+        parsed, rest = parse_known_args(*args, **kwargs)
+        if getattr(parsed, "yaml_cfg", None) is not None and parsed.loss_type != "sft":
+            raise ValueError(_NO_YAML)
+        return parsed, rest
+
+    return parse
 
 
 def refuse_taken_flag(parser: argparse.ArgumentParser) -> None:
@@ -101,15 +119,14 @@ def taken_flag_message(flag: str) -> str:
     """What to do where the script defines a flag of ours."""
     return (
         f"this script defines {flag} itself, so it cannot choose the loss here. Call "
-        "eaft_megatron.hooks.install(LossSettings(...)) from Python instead, and leave eaft_megatron.run out"
+        "eaft_megatron.hooks.install(LossSettings(...)) from Python instead, and leave eaft_megatron.run out (as in a "
+        "checkout that carries one of our patches)"
     )
 
 
 def _attaching(validate_args: Callable) -> Callable:
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **kwargs: Any):
-        if not hasattr(args, "loss_type"):
-            raise ValueError("--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead")
         result = validate_args(args, *rest, **kwargs)
         attach(args)
         return result

@@ -87,6 +87,16 @@ def test_what_is_harmless_is_let_through(megatron, monkeypatch, flags):
     assert installed().check_finite == ("--fp16" in flags)
 
 
+def test_yaml_without_a_loss_of_ours_is_none_of_our_business(megatron, monkeypatch):
+    """The parsed flags are gone, and nothing was asked for."""
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--yaml-cfg", "x"])
+    rebind_megatron()
+    args = megatron.arguments.parse_args()
+    assert not hasattr(args, "loss_type") and installed() is None
+    with pytest.raises(ValueError, match="--yaml-cfg replaces the parsed flags"):  # a patched checkout comes here
+        attach(args)
+
+
 def test_an_override_of_the_loss_method_is_found_at_start(megatron, monkeypatch):
     """A fork's own subclass, before anything is trained."""
     from megatron.core.models.gpt import GPTModel
