@@ -2,6 +2,7 @@
 # make test       the tests, without the slow ones
 # make test-all   all of them, as .ci/run does
 # make lint       ruff
+# make test-megatron-training   megatron-core 0.19.2 and the training loop in its wheel: Python 3.12, CUDA build of torch
 #
 # Everything happens in .venv. Another interpreter: make PYTHON=python3.12. An environment of your own, with torch
 # and the rest already in it: make VENV=/path/to/it (nothing that satisfies the requirements is replaced).
@@ -14,7 +15,7 @@ DEMO_FLAGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-megatron-training lint clean
 
 # A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
 # CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
@@ -41,9 +42,21 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+# Not part of .ci/run: python3.12 is not everywhere, and its torch brings 6 GB of CUDA libraries.
+WHEEL_VENV ?= .venv-megatron-training
+$(WHEEL_VENV)/.done: pyproject.toml
+	test -x $(WHEEL_VENV)/bin/python || python3.12 -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) megatron-core==0.19.2 \
+	  psutil six pybind11 einops "pytest>=8" "pytest-timeout>=2.3" "transformers>=4.51"
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+test-megatron-training: $(WHEEL_VENV)/.done
+	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -m pytest tests/hooks
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -22,7 +22,8 @@ MODEL = (  # noqa: SIM905
     "--calculate-per-token-loss --ckpt-format torch_dist"
 ).split()
 
-_PLAIN = """
+# What ``eaft_megatron.run --device cpu`` does, without us.
+PLAIN = """
 import runpy, sys
 from eaft_megatron.testing.cpu_script import script_standins
 
@@ -48,17 +49,24 @@ def checkout(clone: str, tag: str, folder: Path) -> Path:
         archive = subprocess.run(["git", "-C", clone, "archive", tag], check=True, capture_output=True).stdout
         subprocess.run(["tar", "x", "-C", str(tree)], input=archive, check=True)
         (tree / "sitecustomize.py").write_text(_OVERRIDE)
-        (tree / "plain.py").write_text(_PLAIN)
     return tree / "pretrain_gpt.py"
 
 
-def command(script: Path, flags: list[str], *, tp: int = 1, pp: int = 1, processes: int = 1, port: int) -> list[str]:
-    """torchrun of the script through ``eaft_megatron.run``; of plain.py itself, without us, where ``script`` is it."""
-    runner = ["-m", "eaft_megatron.run", "--device", "cpu"] if script.name != "plain.py" else []
-    own = [str(script.with_name("pretrain_gpt.py"))] if script.name == "plain.py" else []
+def command(
+    script: Path,
+    flags: list[str],
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    processes: int = 1,
+    port: int,
+    hooked: bool = True,
+) -> list[str]:
+    """torchrun of the script through ``eaft_megatron.run``, or without us."""
+    runner = ["-m", "eaft_megatron.run", "--device", "cpu"] if hooked else ["--no-python", sys.executable, "-c", PLAIN]
     layout = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
-    return [sys.executable, *torchrun, *runner, str(script), *own, *MODEL, *layout, *flags]
+    return [sys.executable, *torchrun, *runner, str(script), *MODEL, *layout, *flags]
 
 
 def environment(script: Path) -> dict[str, str]:
@@ -73,7 +81,7 @@ def environment(script: Path) -> dict[str, str]:
     }
 
 
-def run(script: Path, flags: list[str], **layout: int) -> str:
+def run(script: Path, flags: list[str], **layout: int | bool) -> str:
     """What the run printed; AssertionError with its end if it failed."""
     done = subprocess.run(
         command(script, flags, **layout), env=environment(script), capture_output=True, text=True, timeout=400

@@ -63,7 +63,7 @@ def test_the_same_losses_at_every_layout(script, start, layout):
 def test_sft_is_megatrons_own(script):
     """--loss-type sft prints what the script prints without us, to the last digit."""
     flags = ["--train-iters", "3"]
-    expected = reported(run(script.with_name("plain.py"), flags, port=29753))
+    expected = reported(run(script, flags, port=29753, hooked=False))
     actual = reported(run(script, [*flags, "--loss-type", "sft"], port=29754))
     assert len(expected) == 3 and "lm loss" in expected[0] and "eaft loss" not in actual[0]
     assert actual == expected

@@ -13,17 +13,9 @@ import torch
 
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
+from tests.hooks.megatron_script import PLAIN
 
 SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
-PLAIN = """
-import runpy, sys
-from eaft_megatron.testing.cpu_script import script_standins
-
-sys.argv = sys.argv[1:]
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-with script_standins():
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
