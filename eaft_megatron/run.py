@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import runpy
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -50,14 +52,18 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Path, list[str]]:
 
 
 def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
+    _be_a_world_of_one()
     sys.argv = [str(script), *flags]
     sys.path[0] = str(script.resolve().parent)  # as a direct run has it: the checkout before what is installed
+    _check_megatron()
+    from eaft_megatron.hooks import rebind_megatron
+
     with contextlib.ExitStack() as stack:
         if options.device == "cpu":
             from eaft_megatron.testing.cpu_script import script_standins
 
             stack.enter_context(script_standins())
-        _hook_in()
+        rebind_megatron()
         try:
             runpy.run_path(str(script), run_name="__main__")
         except argparse.ArgumentError as error:  # the script's own extra flags come after ours
@@ -65,18 +71,25 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
             raise
 
 
-def _hook_in() -> None:
-    from eaft_megatron.hooks import rebind_megatron
+def _be_a_world_of_one() -> None:
+    """What torchrun would have set, where nobody did: one process, a free port."""
+    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
+        os.environ[name] = value
+    os.environ.setdefault("MASTER_PORT", port)
 
-    try:
-        rebind_megatron()
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("megatron"):
-            raise
-        raise ValueError(
-            f"no {error.name} beside the script or installed: the script must lie in a Megatron-LM checkout, or "
-            "PYTHONPATH name one"
-        ) from error
+
+def _check_megatron() -> None:
+    for name in ("megatron", "megatron.training"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(
+                f"no {name} beside the script or installed: the script must lie in a Megatron-LM checkout, or "
+                "PYTHONPATH name one"
+            )
 
 
 def _explain_taken_flag(error: argparse.ArgumentError) -> None:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
+import json
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from eaft_megatron.hooks.arguments import add_eaft_arguments, settings_from_args
@@ -39,6 +41,8 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     settings = settings_from_args(args)
     if settings.loss_type == "sft":
         return forward_step_func
+    args.true_vocab_size = true_vocab_size(args)
+    settings = settings_from_args(args)
     active = installed()
     if active is None:
         refuse_unsupported(args)
@@ -50,6 +54,24 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     elif active.settings != settings:
         raise ValueError("the loss hook is installed already, with other settings than the flags: give one of them")
     return None if forward_step_func is None else wrap_forward_step(forward_step_func, active)
+
+
+def true_vocab_size(args: argparse.Namespace) -> int | None:
+    """``--true-vocab-size``, or what `eaft-megatron convert` recorded beside the weights that the run starts from.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    given = args.true_vocab_size
+    for name in ("load", "pretrained_checkpoint"):
+        folder = getattr(args, name, None)
+        if not folder or not (record := Path(folder) / "eaft_model.json").is_file():
+            continue
+        recorded = json.loads(record.read_text())["true_vocab_size"]
+        if given not in (None, recorded):
+            raise ValueError(f"--true-vocab-size {given}, but {record} says {recorded}: leave the flag out")
+        given = recorded
+    return given
 
 
 def rebind_megatron() -> None:

@@ -47,6 +47,17 @@ def test_flags_become_a_hook(megatron, monkeypatch):
     assert len(ours) >= 9 and all(type(value) in (str, int, float, type(None)) for value in ours.values())
 
 
+def test_the_vocabulary_is_that_of_the_checkpoint(megatron, monkeypatch, tmp_path):
+    """Recorded by the converter: taken where the flag is left out, compared where it is given."""
+    (tmp_path / "eaft_model.json").write_text('{"true_vocab_size": 90}')
+    flags = ("--loss-type", "eaft", "--load", str(tmp_path))
+    with pytest.raises(ValueError, match="--true-vocab-size 91, but .*eaft_model.json says 90"):
+        _start(megatron, monkeypatch, *flags, "--true-vocab-size", "91")
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags])
+    args = megatron.initialize.validate_args(megatron.arguments.parse_args())
+    assert installed().settings.true_vocab_size == args.true_vocab_size == 90
+
+
 def test_sft_installs_nothing(megatron, monkeypatch):
     """Not a single function of the training loop or of megatron-core is another."""
     from megatron.core.models.common.language_module.language_module import LanguageModule

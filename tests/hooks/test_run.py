@@ -19,13 +19,16 @@ SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
 
 
 def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
-    """The finished process of a run under torchrun."""
-    runner = ["-m", "eaft_megatron.run", "--device", "cpu"] if hooked else ["--no-python", sys.executable, "-c", PLAIN]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    """The finished process of a run: alone, or under torchrun where there are several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    runner = ["-m", "eaft_megatron.run", "--device", "cpu"]
+    command = [*(torchrun if processes > 1 else []), *runner] if hooked else ["-c", PLAIN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STYLE": style}
-    return subprocess.run(
-        [*torchrun, *runner, str(script), *flags], env=environment, capture_output=True, text=True, timeout=300
-    )
+    if not hooked:  # eaft_megatron.run sets these where torchrun did not
+        world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29847"}
+        environment |= world
+    argv = [sys.executable, *command, str(script), *flags]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def lines(done: subprocess.CompletedProcess) -> list[dict[str, float]]:
