@@ -94,6 +94,6 @@ def reported(output: str) -> list[dict[str, str]]:
     """One dict of printed values for each iteration, without times."""
     rows = []
     for line in re.findall(r"iteration +\d+/ +\d+ \|.*", output):
-        fields = dict(re.findall(r"\| +([a-z ]+): +(\S+)", line[line.index("|") :]))
+        fields = dict(re.findall(r"\| +([a-z0-9_ ]+): +(\S+)", line[line.index("|") :]))
         rows.append({name: value for name, value in fields.items() if "time" not in name})
     return rows

@@ -28,6 +28,10 @@ LAYOUTS = {
     "tp2 pp2": (dict(tp=2, pp=2, processes=4), []),
     "tp2 sequence parallel": (dict(tp=2, processes=2), ["--sequence-parallel"]),
     "pp2 interleaved": (dict(pp=2, processes=2), ["--num-layers-per-virtual-pipeline-stage", "1"]),
+    "recompute": (
+        dict(),
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    ),
     "dp2 distributed optimizer": (dict(processes=2), ["--use-distributed-optimizer"]),
 }
 
@@ -67,6 +71,14 @@ def test_sft_is_megatrons_own(script):
     actual = reported(run(script, [*flags, "--loss-type", "sft"], port=29754))
     assert len(expected) == 3 and "lm loss" in expected[0] and "eaft loss" not in actual[0]
     assert actual == expected
+
+
+def test_the_heads_of_multi_token_prediction_keep_their_loss(script):
+    """The first step's loss of the extra head is Megatron's own, with our loss on the main head or without."""
+    flags = ["--train-iters", "1", "--mtp-num-layers", "1"]
+    plain, eaft = (reported(run(script, [*flags, *extra], port=29758))[0] for extra in ([], EAFT))
+    assert eaft["mtp_1 loss"] == plain["mtp_1 loss"]
+    assert float(eaft["eaft loss"]) < float(eaft["lm loss"]) < float(plain["lm loss"])  # padded columns count there
 
 
 def test_killed_and_resumed(script, tmp_path):
