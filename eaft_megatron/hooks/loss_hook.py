@@ -120,7 +120,8 @@ class LossHook:
         )
         self.calls += 1
         self.replayed = _has_cuda_graphs(model.config)
-        return (loss if model.training else stats.ce).transpose(0, 1).contiguous()
+        # A copy of the cross entropy: the host may reduce what it gets in place, and it is kept for the metrics.
+        return loss.transpose(0, 1).contiguous() if model.training else stats.ce.transpose(0, 1).clone()
 
     def remove(self) -> None:
         """Put Megatron's own methods back."""

@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import functools
 import inspect
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from eaft_megatron.hooks.arguments import add_eaft_arguments, settings_from_args
-from eaft_megatron.hooks.loss_hook import LossHook, install, installed, rebind
-from eaft_megatron.hooks.metrics import METRICS, wrap_forward_step
+from eaft_megatron.hooks.loss_hook import install, installed
+from eaft_megatron.hooks.metrics import wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
+from eaft_megatron.hooks.reporting import watch_training
+from eaft_megatron.hooks.resumption import guard_resumption, true_vocab_size
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
@@ -39,7 +39,9 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     if not hasattr(args, "loss_type"):
         raise ValueError(_NO_YAML)
     settings = settings_from_args(args)
+    guard_resumption()
     if settings.loss_type == "sft":
+        _say_what_sft_ignores(args)
         return forward_step_func
     args.true_vocab_size = true_vocab_size(args)
     settings = settings_from_args(args)
@@ -48,30 +50,27 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
         refuse_unsupported(args)
         _refuse_without_scores(settings)
         active = install(settings)
-        active.check_finite = turns_off_nan_check(args)
+        active.check_finite = turns_off_nan_check(args, _version())
         _advise(args)
-        _watch_training(active)
+        watch_training(active)
     elif active.settings != settings:
         raise ValueError("the loss hook is installed already, with other settings than the flags: give one of them")
     return None if forward_step_func is None else wrap_forward_step(forward_step_func, active)
 
 
-def true_vocab_size(args: argparse.Namespace) -> int | None:
-    """``--true-vocab-size``, or what `eaft-megatron convert` recorded beside the weights that the run starts from.
+def _version() -> tuple[int, int]:
+    from megatron.core import package_info
 
-    Raises:
-        ValueError: the two differ.
-    """
-    given = args.true_vocab_size
-    for name in ("load", "pretrained_checkpoint"):
-        folder = getattr(args, name, None)
-        if not folder or not (record := Path(folder) / "eaft_model.json").is_file():
-            continue
-        recorded = json.loads(record.read_text())["true_vocab_size"]
-        if given not in (None, recorded):
-            raise ValueError(f"--true-vocab-size {given}, but {record} says {recorded}: leave the flag out")
-        given = recorded
-    return given
+    return package_info.MAJOR, package_info.MINOR
+
+
+def _say_what_sft_ignores(args: argparse.Namespace) -> None:
+    for flag, value, default in (
+        ("--true-vocab-size", args.true_vocab_size, None),
+        ("--eaft-topk", args.eaft_topk, 20),
+    ):
+        if value != default and getattr(args, "rank", 0) == 0:
+            warnings.warn(f"{flag} has no effect with --loss-type sft, which is Megatron's own loss", stacklevel=3)
 
 
 def rebind_megatron() -> None:
@@ -193,83 +192,3 @@ def _advise(args: argparse.Namespace) -> None:
             "vocabulary for tensor parallelism count as tokens",
             stacklevel=2,
         )
-
-
-def _watch_training(hook: LossHook) -> None:
-    """See that the hook is called in the first step, and keep our metrics out of Megatron's perplexities."""
-    from megatron.training import training
-
-    rebind(hook, training, "train_step", _checking_first_step(hook, training.train_step))
-    kept: list[dict[str, float]] = []
-    rebind(hook, training, "evaluate", _keeping_metrics(kept, training.evaluate))
-    rebind(hook, training, "evaluate_and_print_results", _printing_metrics(kept, training.evaluate_and_print_results))
-
-
-def _checking_first_step(hook: LossHook, train_step: Callable) -> Callable:
-    checked = False
-
-    @functools.wraps(train_step)
-    def step(*args: Any, **kwargs: Any):
-        nonlocal checked
-        result = train_step(*args, **kwargs)
-        if not checked:
-            checked = True
-            from megatron.core import parallel_state
-
-            if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and not (hook.calls or hook.replayed):
-                raise RuntimeError(
-                    f"--loss-type {hook.settings.loss_type}: the first step is over and the loss hook was never "
-                    "called; the model computes its loss elsewhere"
-                )
-        return result
-
-    return step
-
-
-def _keeping_metrics(kept: list[dict[str, float]], evaluate: Callable) -> Callable:
-    """Megatron prints "<key> PPL" for whatever was evaluated, which makes sense for "lm loss" alone."""
-
-    @functools.wraps(evaluate)
-    def without_metrics(*args: Any, **kwargs: Any):
-        result = evaluate(*args, **kwargs)
-        if result[0]:  # empty before the last stage, None when the time is up
-            kept.append({name: float(result[0].pop(name)) for name in METRICS[1:] if name in result[0]})
-        return result
-
-    return without_metrics
-
-
-def _printing_metrics(kept: list[dict[str, float]], evaluate_and_print_results: Callable) -> Callable:
-    signature = inspect.signature(evaluate_and_print_results)
-
-    @functools.wraps(evaluate_and_print_results)
-    def with_metrics(*args: Any, **kwargs: Any):
-        from megatron.training import training
-
-        arguments = signature.bind(*args, **kwargs).arguments
-        kept.clear()
-        result = evaluate_and_print_results(*args, **kwargs)
-        iteration = arguments["iteration"]
-        writer = training.get_tensorboard_writer() if arguments.get("write_to_tensorboard", True) else None
-        for index, metrics in enumerate(kept):
-            suffix = _suffix(training.get_args(), index)
-            line = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
-            training.print_rank_last(f" validation{suffix} at {arguments['prefix']} | {line} | ")
-            named = {f"{name} validation{suffix}": value for name, value in metrics.items()}
-            if writer:
-                for name, value in named.items():
-                    writer.add_scalar(name, value, iteration)
-            wandb = training.get_wandb_writer()
-            if wandb and training.is_last_rank():
-                wandb.log(named, iteration)
-        return result
-
-    return with_metrics
-
-
-def _suffix(args: argparse.Namespace, index: int) -> str:
-    """What Megatron puts behind "validation" where it evaluates several sets."""
-    if not getattr(args, "multiple_validation_sets", False):
-        return ""
-    names = getattr(args, "validation_set_names", None)
-    return f"-{names[index] if names else index}"

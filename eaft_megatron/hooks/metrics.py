@@ -69,6 +69,8 @@ def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: in
     @functools.wraps(loss_func.func)
     def with_metrics(output_tensor: Tensor, *args: Any, **kwargs: Any):
         result = loss_func(output_tensor, *args, **kwargs)
+        if kwargs.get("non_loss_data"):  # asked for at evaluation, where a script passes process_non_loss_data_func
+            return result
         if hook.latest is None or (hook.calls == calls_before and not hook.replayed):
             raise RuntimeError(
                 f"--loss-type {hook.settings.loss_type}: the loss hook was not called in this forward pass; "

@@ -27,6 +27,15 @@ _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
         "--logits-load-dir (distillation from cached logits) replaces the model's loss: leave it out",
     ),
     (
+        lambda args: bool(getattr(args, "logits_save_dir", None)),
+        "--logits-save-dir replaces the model's loss by one that only saves its logits: leave it out",
+    ),
+    (
+        lambda args: _graphs_whole_iterations(args),
+        "CUDA graphs of whole iterations (full_iteration) turn off the check for NaN that this loss relies on: capture "
+        "layers only",
+    ),
+    (
         lambda args: bool(getattr(args, "perform_rl_step", False)),
         "--perform-rl-step trains on its own objective: leave it out",
     ),
@@ -48,11 +57,25 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             raise ValueError(f"--loss-type {args.loss_type}: {message}; or train with --loss-type sft")
 
 
-def turns_off_nan_check(args: argparse.Namespace) -> bool:
-    """Whether Megatron itself looks for no NaN in the loss, so that we have to."""
-    return getattr(args, "check_for_nan_in_loss_and_grad", True) is False
+def turns_off_nan_check(args: argparse.Namespace, version: tuple[int, int]) -> bool:
+    """Whether Megatron itself may look for no NaN in the loss, so that we have to.
+
+    Before 0.14 its rerun state machine, where it is on, lets the first iteration of every process pass unchecked.
+    """
+    if getattr(args, "check_for_nan_in_loss_and_grad", True) is False:
+        return True
+    return version < (0, 14) and getattr(args, "rerun_mode", "disabled") != "disabled"
 
 
 def _own_doing(args: argparse.Namespace) -> bool:
     """fp16 with a dynamic loss scale: Megatron turns the check off, for gradients may overflow."""
     return bool(getattr(args, "fp16", False)) and not getattr(args, "loss_scale", None)
+
+
+def _graphs_whole_iterations(args: argparse.Namespace) -> bool:
+    """In the words of 0.12 to 0.14 (enable_cuda_graph), of 0.15 to 0.17 (a scope), and of later releases (an impl)."""
+    implementation = getattr(args, "cuda_graph_impl", None)
+    if implementation == "full_iteration":
+        return True
+    on = getattr(args, "enable_cuda_graph", False) or implementation not in (None, "none")
+    return bool(on) and "full_iteration" in str(getattr(args, "cuda_graph_scope", ""))

@@ -44,9 +44,10 @@ def script_standins() -> Iterator[None]:
 
 def _choose_gloo() -> None:
     for flag, ours in _FLAGS.items():
-        if flag not in sys.argv:
+        words = " ".join(sys.argv).replace(f"{flag}=", f"{flag} ").split()
+        if flag not in words:
             sys.argv += [flag, ours]
-        elif (value := sys.argv[sys.argv.index(flag) + 1 :][:1]) != [ours]:
+        elif (value := words[words.index(flag) + 1 :][:1]) != [ours]:
             raise ValueError(_EXPLAINED.format(flag=flag, value=" ".join(value), ours=ours))
 
 

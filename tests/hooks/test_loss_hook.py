@@ -21,7 +21,15 @@ from eaft_megatron import (
     TALRGate,
     ThresholdGate,
 )
-from eaft_megatron.hooks import LossSettings, add_eaft_arguments, install, installed, settings_from_args, uninstall
+from eaft_megatron.hooks import (
+    LossHook,
+    LossSettings,
+    add_eaft_arguments,
+    install,
+    installed,
+    settings_from_args,
+    uninstall,
+)
 from eaft_megatron.hooks.metrics import METRICS, metric_sums, wrap_forward_step
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
@@ -233,6 +241,16 @@ def test_batch_statistics_reach_over_data_parallel_ranks():
         assert int((expected[valid] < 1).sum()) > 0, "the case tests nothing"
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loss.double(), expected * ce, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_loss_passes_through():
+    """A script with process_non_loss_data_func asks its loss function for other things at evaluation."""
+    hook = LossHook(LossSettings())
+    step = wrap_forward_step(
+        lambda it, model: (None, functools.partial(lambda mask, output, non_loss_data: "samples", None)), hook
+    )
+    _, loss_func = step(None, None)
+    assert loss_func(None, non_loss_data=True) == "samples"
 
 
 def test_metrics_ignore_what_the_host_masks_late():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from pathlib import Path
@@ -75,6 +76,10 @@ def test_sft_installs_nothing(megatron, monkeypatch):
         (("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), "--cross-entropy-loss-fusion with"),
         (("--export-kd-teacher-load", "x"), "--export-kd-teacher-load"),
         (("--logits-load-dir", "x"), "--logits-load-dir"),
+        (("--logits-save-dir", "x"), "--logits-save-dir"),
+        (("--cuda-graph-impl", "full_iteration"), "CUDA graphs of whole iterations"),
+        (("--cuda-graph-impl", "local", "--cuda-graph-scope", "full_iteration"), "CUDA graphs of whole iterations"),
+        (("--enable-cuda-graph", "--cuda-graph-scope", "full_iteration"), "CUDA graphs of whole iterations"),
         (("--perform-rl-step",), "--perform-rl-step"),
         (("--no-check-for-nan-in-loss-and-grad",), "--no-check-for-nan-in-loss-and-grad would let NaN"),
         (("--no-check-for-nan-in-loss-and-grad", "--fp16", "--loss-scale", "8"), "--no-check-for-nan"),
@@ -91,7 +96,7 @@ def test_what_would_bypass_the_loss_is_refused_at_start(megatron, monkeypatch, f
     assert installed() is None
 
 
-@pytest.mark.parametrize("flags", [("--cross-entropy-loss-fusion",), ("--fp16",)])
+@pytest.mark.parametrize("flags", [("--cross-entropy-loss-fusion",), ("--fp16",), ("--cuda-graph-impl", "local")])
 def test_what_is_harmless_is_let_through(megatron, monkeypatch, flags):
     """The native fusion is simply not called; where Megatron turns its NaN check off itself, ours is on."""
     _start(megatron, monkeypatch, "--loss-type", "eaft", *flags)
@@ -106,6 +111,29 @@ def test_yaml_without_a_loss_of_ours_is_none_of_our_business(megatron, monkeypat
     assert not hasattr(args, "loss_type") and installed() is None
     with pytest.raises(ValueError, match="--yaml-cfg replaces the parsed flags"):  # a patched checkout comes here
         attach(args)
+
+
+def test_a_resumed_run_must_keep_its_loss(megatron, monkeypatch):
+    """--load without --finetune: the checkpoint's loss flags against this run's, sft included."""
+    from megatron.training import checkpointing
+
+    args = _start(megatron, monkeypatch, "--loss-type", "eaft", "--true-vocab-size", "90")
+    now = argparse.Namespace(**vars(args))
+    importlib.import_module("megatron.training.global_vars").set_args(now)
+    checkpointing.check_checkpoint_args(args, skip_args=None)
+    checkpointing.check_checkpoint_args(argparse.Namespace(tensor_model_parallel_size=1))  # written without us
+    now.true_vocab_size = None
+    with pytest.raises(ValueError, match="trained with --true-vocab-size 90, this run has None"):
+        checkpointing.check_checkpoint_args(args)
+    now.loss_type = "sft"
+    with pytest.raises(ValueError, match="trained with --loss-type eaft, this run has sft"):
+        checkpointing.check_checkpoint_args(args)
+
+
+def test_flags_without_effect_on_sft_are_said(megatron, monkeypatch):
+    """Both runs of a comparison may carry them."""
+    with pytest.warns(UserWarning, match="--true-vocab-size has no effect with --loss-type sft"):
+        _start(megatron, monkeypatch, "--true-vocab-size", "90")
 
 
 def test_an_override_of_the_loss_method_is_found_at_start(megatron, monkeypatch):

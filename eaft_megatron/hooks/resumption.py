@@ -1,0 +1,63 @@
+"""What a Megatron-LM run may take over from a checkpoint: the same loss, and the vocabulary recorded beside it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from eaft_megatron.hooks.arguments import loss_arguments
+
+
+def guard_resumption() -> None:
+    """Where a checkpoint is resumed (--load without --finetune), have the loss flags compared with the checkpoint's."""
+    from megatron.training import checkpointing, training
+
+    check = checkpointing.check_checkpoint_args
+    if hasattr(check, "_compares_loss_flags"):
+        return
+
+    @functools.wraps(check)
+    def checking(checkpoint_args: argparse.Namespace, *rest: Any, **kwargs: Any):
+        refuse_another_loss(checkpoint_args, training.get_args())
+        return check(checkpoint_args, *rest, **kwargs)
+
+    checking._compares_loss_flags = True
+    checkpointing.check_checkpoint_args = checking
+
+
+def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> None:
+    """``ValueError`` if the run that wrote a checkpoint had other loss flags; checkpoints without any pass."""
+    if not hasattr(before, "loss_type") or not hasattr(now, "loss_type"):
+        return
+    names = ("loss_type",) if before.loss_type == now.loss_type == "sft" else loss_arguments()
+    for name in names:
+        old, new = getattr(before, name, None), getattr(now, name)
+        if old != new:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"--load: the checkpoint was trained with {flag} {old}, this run has {new}: give the same loss flags, "
+                "or start anew from its weights with --finetune"
+            )
+
+
+def true_vocab_size(args: argparse.Namespace) -> int | None:
+    """``--true-vocab-size``, or what `eaft-megatron convert` recorded beside the weights that the run starts from.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    given = args.true_vocab_size
+    for name in ("load", "pretrained_checkpoint"):
+        folder = getattr(args, name, None)
+        if not folder or not (record := Path(folder) / "eaft_model.json").is_file():
+            continue
+        recorded = json.loads(record.read_text())["true_vocab_size"]
+        if given not in (None, recorded):
+            raise ValueError(f"--true-vocab-size {given}, but {record} says {recorded}: leave the flag out")
+        if given is None and getattr(args, "rank", 0) == 0:
+            print(f"--true-vocab-size {recorded}, from {record}", flush=True)
+        given = recorded
+    return given
