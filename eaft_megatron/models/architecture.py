@@ -55,6 +55,8 @@ class Architecture:
     check: raises ValueError, naming the field, for config values that could not be honoured.
     transformer_fields: config.json -> keyword arguments of megatron.core's TransformerConfig, parallelism left out.
     model_fields: config.json -> keyword arguments of GPTModel (rotary embedding).
+    left_out: config.json -> megatron names of the lines this model does without (biases it may or may not have).
+    sandwich_norms: whether the outputs of attention and MLP are normalised too (glm4_spec.py).
     """
 
     name: str
@@ -62,6 +64,13 @@ class Architecture:
     check: Callable[[dict], None]
     transformer_fields: Callable[[dict], dict[str, Any]]
     model_fields: Callable[[dict], dict[str, Any]]
+    left_out: Callable[[dict], tuple[str, ...]] = lambda hf_config: ()
+    sandwich_norms: bool = False
+
+    def fitted(self, hf_config: dict) -> Architecture:
+        """The same with the lines that this config.json's model has."""
+        left_out = self.left_out(hf_config)
+        return replace(self, entries=tuple(item for item in self.entries if not set(left_out) & set(item.megatron)))
 
     def table(self, tied: bool) -> tuple[Entry, ...]:
         """The entries; with tied embeddings the output layer reads the embedding's tensor."""

@@ -13,6 +13,7 @@ from .chunks import parameters
 from .config_fields import is_tied
 from .hf_config import architecture_of
 from .megatron_config import padded_vocab_size
+from .specs import local_spec, norm_class, transformer_engine_spec
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -42,30 +43,20 @@ def layer_spec(hf_config: dict, config: TransformerConfig, transformer_impl: str
                 "--transformer-impl transformer_engine: Transformer Engine cannot be imported; install it "
                 "(pip install transformer-engine[pytorch], needs a GPU build) or use --transformer-impl local"
             )
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return _with_extra_norms(transformer_engine_spec(config.qk_layernorm), hf_config, transformer_impl)
     if config.context_parallel_size > 1:
         raise ValueError(
             "--context-parallel-size needs --transformer-impl transformer_engine: the local attention has none"
         )
-    spec = gpt_layer_specs.get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
-    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalRMSNorm
-    return spec
+    return _with_extra_norms(local_spec(config.qk_layernorm), hf_config, transformer_impl)
 
 
-class LocalRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor megatron-core expects.
+def _with_extra_norms(spec: ModuleSpec, hf_config: dict, transformer_impl: str) -> ModuleSpec:
+    if not architecture_of(hf_config).sandwich_norms:
+        return spec
+    from .glm4_spec import with_sandwich_norms
 
-    megatron-core's own wrapper around the same class refuses sequence parallelism, for which nothing is missing but
-    the mark on the parameter by which finalize_model_grads sums its gradient over the tensor-parallel group.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        assert config.normalization == "RMSNorm", config.normalization
-        device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+    return with_sandwich_norms(spec, norm_class(transformer_impl))
 
 
 def build_model(
@@ -119,13 +110,11 @@ def _block_spec(spec: ModuleSpec, config: TransformerConfig, transformer_impl: s
     Apex's LayerNorm, by what happens to be installed, whatever the layers use."""
     from megatron.core.transformer import transformer_block
 
-    if transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
-    else:
-        norm = LocalRMSNorm
     count = transformer_block.get_num_layers_to_build
     layers = count(config, **_stage_argument(count, vp_stage))
-    return transformer_block.TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=norm)
+    return transformer_block.TransformerBlockSubmodules(
+        layer_specs=[spec] * layers, layer_norm=norm_class(transformer_impl)
+    )
 
 
 def _stage_argument(function: Callable, vp_stage: int | None) -> dict[str, int | None]:

@@ -55,6 +55,15 @@ def rope_fields(hf_config: dict, default_theta: float = 10000.0) -> dict[str, An
     return fields
 
 
+def rotary_share(hf_config: dict, default: float) -> float:
+    """The part of each head that rotates (partial_rotary_factor), from either place it is written in."""
+    rope = hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
+    for fields in (rope, hf_config):
+        if fields.get("partial_rotary_factor") is not None:
+            return fields["partial_rotary_factor"]
+    return default
+
+
 def rope_type(rope: dict) -> str:
     return rope.get("rope_type") or rope.get("type") or "default"
 
@@ -75,6 +84,29 @@ def check_decoder(hf_config: dict) -> None:
         method = hf_config["quantization_config"].get("quant_method", "?")
         refuse("quantization_config", method, "give the folder of the unquantised model")
     check_rope(hf_config)
+
+
+def check_given(hf_config: dict, *fields: str) -> None:
+    """Refuse to guess where transformers' default for the family is not the one derived from other fields."""
+    for field in fields:
+        value = hf_config.get(field)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"config.json: {field} must be given as a positive number, not {value!r}")
+
+
+def check_no_sliding_window(hf_config: dict) -> None:
+    """sliding_window alone is inactive in these families: use_sliding_window or layer_types turn it on."""
+    if hf_config.get("use_sliding_window"):
+        refuse("use_sliding_window", hf_config["use_sliding_window"], "every layer must attend to all tokens before")
+    for kind in hf_config.get("layer_types") or ():
+        if kind != "full_attention":
+            refuse("layer_types", kind, 'every layer must be "full_attention"')
+
+
+def check_whole_head_rotates(hf_config: dict) -> None:
+    share = rotary_share(hf_config, default=1.0)
+    if share != 1:
+        refuse("partial_rotary_factor", share, "this architecture rotates the whole head")
 
 
 def check_rope(hf_config: dict) -> None:

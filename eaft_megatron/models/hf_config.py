@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 from .architecture import Architecture
+from .glm4 import GLM4
 from .llama import LLAMA
+from .qwen import QWEN2, QWEN3
 
-ARCHITECTURES: dict[str, Architecture] = {architecture.name: architecture for architecture in (LLAMA,)}
+ARCHITECTURES: dict[str, Architecture] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, GLM4)}
 
 
 def read_hf_config(hf_dir: str | Path) -> dict:
@@ -39,11 +41,11 @@ def read_hf_config(hf_dir: str | Path) -> dict:
 
 
 def architecture_of(hf_config: dict) -> Architecture:
-    """The architecture config.json names; ValueError listing the known ones otherwise."""
+    """The architecture config.json names, with the lines its model has; ValueError listing the known ones otherwise."""
     names = hf_config.get("architectures") or []
     for name in names:
         if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
+            return ARCHITECTURES[name].fitted(hf_config)
     known = ", ".join(sorted(ARCHITECTURES))
     what = ", ".join(map(str, names)) or "missing"
     raise ValueError(f'config.json: "architectures" is {what}; known here: {known}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .architecture import Architecture, entry
-from .config_fields import check_decoder, decoder_fields, refuse, rope_fields
+from .config_fields import check_decoder, check_whole_head_rotates, decoder_fields, refuse, rope_fields
 from .transforms import GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB
 
 
@@ -14,10 +14,7 @@ def _check(hf_config: dict) -> None:
             refuse(field, hf_config[field], "the weight table has no biases")
     if hf_config.get("rope_interleaved"):
         refuse("rope_interleaved", True, "Llama rotates halves")
-    rope = hf_config.get("rope_parameters") or {}
-    partial = rope.get("partial_rotary_factor", hf_config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1, 1.0):
-        refuse("partial_rotary_factor", partial, "Llama rotates the whole head")
+    check_whole_head_rotates(hf_config)
 
 
 _LAYER, _HF = "decoder.layers.{i}.", "model.layers.{i}."

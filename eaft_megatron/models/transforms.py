@@ -43,6 +43,11 @@ class ModelSizes:
         return self.kv_groups * self.head_dim
 
     @property
+    def gate_up(self) -> int:
+        """Rows of a gate and up projection that is one tensor."""
+        return 2 * self.ffn
+
+    @property
     def qkv_per_group(self) -> int:
         """Rows of one KV group in the fused projection: its query heads, one key head, one value head."""
         return self.query // self.kv_groups + 2 * self.head_dim
@@ -133,6 +138,19 @@ class GateUp:
         return [torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves])]
 
 
+class FusedGateUp:
+    """The same parameter as GateUp, from one tensor [2 ffn, hidden]: all of gate, then all of up."""
+
+    partition = 0, 2
+
+    def to_megatron(self, tensors: Sequence[Any], tp_rank: int, tp_size: int, sizes: ModelSizes) -> Tensor:
+        start, end = _range(sizes.ffn, tp_rank, tp_size)
+        return torch.cat([tensors[0][start:end], tensors[0][sizes.ffn + start : sizes.ffn + end]])
+
+    def to_hf(self, shards: Sequence[Tensor], sizes: ModelSizes) -> list[Tensor]:
+        return [torch.cat(GATE_UP.to_hf(shards, sizes))]
+
+
 class Vocab:
     """Vocabulary rows [vocab, hidden] split over the ranks, padded with zero rows to sizes.padded_vocab."""
 
@@ -163,4 +181,5 @@ def _rows(tensor: Any) -> int:
     return _shape(tensor)[0]
 
 
-REPLICATED, COLUMN, ROW, QKV_ROWS, GATE_UP, VOCAB = Replicated(), Column(), Row(), QKV(), GateUp(), Vocab()
+REPLICATED, COLUMN, ROW, QKV_ROWS, VOCAB = Replicated(), Column(), Row(), QKV(), Vocab()
+GATE_UP, FUSED_GATE_UP = GateUp(), FusedGateUp()

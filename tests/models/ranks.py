@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.loss.vocab_parallel import vocab_parallel_eaft_loss
 from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, save_hf_weights, transformer_config
 from eaft_megatron.models import save as save_module
 from eaft_megatron.testing.cpu import cpu_standins
-from tests.models.tiny import next_token_loss
+
+SEQUENCE_PARALLEL = ("tied", "qwen3_tied", "glm4_bias")  # which models are run in that way too
 
 
 @contextmanager
@@ -61,8 +63,11 @@ def full_logits(local: torch.Tensor, vocab: int) -> torch.Tensor:
     return logits[..., :vocab]
 
 
-def run(chunks: list, ids: torch.Tensor, vocab: int, pp: int, backward: bool = True) -> torch.Tensor | None:
-    """Forward and backward through all stages, point to point by hand; the logits on the last one."""
+def run(chunks: list, ids: torch.Tensor, vocab: int, pp: int, losses: list | None = None, backward: bool = True):
+    """Forward and backward of the EAFT loss through all stages, point to point by hand.
+
+    The logits on the last stage, None elsewhere. losses: where to put the loss.
+    """
     from megatron.core import parallel_state
 
     ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
@@ -72,6 +77,7 @@ def run(chunks: list, ids: torch.Tensor, vocab: int, pp: int, backward: bool = T
     mask = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
     stages = _own_stages(pp, len(chunks) if len(chunks) > 1 else None)
     held, logits = [], None
+    losses = [] if losses is None else losses
     for chunk, (stage, last) in zip(chunks, stages, strict=True):
         received = None
         if stage > 0:
@@ -81,19 +87,29 @@ def run(chunks: list, ids: torch.Tensor, vocab: int, pp: int, backward: bool = T
             chunk.set_input_tensor(received.requires_grad_())
         output = chunk(ids, positions, mask)
         if last:
-            logits = full_logits(output, vocab)
+            logits = full_logits(output, vocab).detach()
+            output = eaft_loss(output, ids, vocab)
+            losses.append(output.item())
         else:
             dist.send(output.detach().contiguous(), ranks[(stage + 1) % pp])
         held.append((stage, last, received, output))
     if backward:
-        _backward(held, logits, ids, ranks)
-    return None if logits is None else logits.detach()
+        _backward(held, ranks)
+    return logits
 
 
-def _backward(held: list, logits: torch.Tensor | None, ids: torch.Tensor, ranks: list[int]) -> None:
+def eaft_loss(local: torch.Tensor, ids: torch.Tensor, vocab: int) -> torch.Tensor:
+    """The mean over [b, s - 1] predicted tokens; local: [b, s, padded / tp]."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    return vocab_parallel_eaft_loss(local[:, :-1], ids[:, 1:], group=group, vocab_size=vocab).mean()
+
+
+def _backward(held: list, ranks: list[int]) -> None:
     for stage, last, received, output in reversed(held):
         if last:
-            _run_backward(next_token_loss(logits, ids), torch.tensor(1.0))
+            _run_backward(output, torch.tensor(1.0))
         else:
             gradient = torch.empty_like(output)
             dist.recv(gradient, ranks[(stage + 1) % len(ranks)])
@@ -110,15 +126,17 @@ def _run_backward(output: torch.Tensor, gradient: torch.Tensor) -> None:
 
 
 def finish_gradients(chunks: list) -> None:
-    """As megatron's finalize_model_grads: sum both copies of a tied embedding, and sequence-parallel norms."""
+    """As megatron's finalize_model_grads: sum both copies of a tied embedding, sequence-parallel norms, and the norms
+    of query and key, which see each rank's own heads."""
     from megatron.core import parallel_state
 
     for chunk in chunks:
         tied_end = chunk.share_embeddings_and_output_weights and (chunk.pre_process or chunk.post_process)
         if tied_end and not (chunk.pre_process and chunk.post_process):
             dist.all_reduce(chunk.shared_embedding_or_output_weight().grad, group=parallel_state.get_embedding_group())
-        for parameter in chunk.parameters():
-            if getattr(parameter, "sequence_parallel", False):
+        for name, parameter in chunk.named_parameters():
+            per_head = "q_layernorm" in name or "k_layernorm" in name
+            if per_head or getattr(parameter, "sequence_parallel", False):
                 dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
 
 
@@ -129,15 +147,16 @@ def hf_gradients(chunks: list, hf_config: dict) -> dict[str, torch.Tensor]:
 
 
 def answer(hf_dir, tp: int, pp: int, vpp: int | None, ids: torch.Tensor, output=None, **overrides) -> tuple:
-    """(logits or None, gradients) of one model in an existing layout; exports it to output."""
+    """(logits or None, gradients, losses) of one model in an existing layout; exports it to output."""
     hf_config = read_hf_config(hf_dir)
     chunks = built(hf_dir, tp, pp, vpp, **overrides)
-    logits = run(chunks, ids, hf_config["vocab_size"], pp)
+    losses: list[float] = []
+    logits = run(chunks, ids, hf_config["vocab_size"], pp, losses)
     finish_gradients(chunks)
     gradients = hf_gradients(chunks, hf_config)
     if output is not None:
         save_hf_weights(chunks, hf_dir, output)
-    return logits, gradients
+    return logits, gradients, losses
 
 
 def all_answers(folders: dict, tp: int, pp: int, ids: torch.Tensor, output: Path) -> dict[str, tuple]:
@@ -148,7 +167,8 @@ def all_answers(folders: dict, tp: int, pp: int, ids: torch.Tensor, output: Path
             answers[name] = answer(folder, tp, pp, None, ids, output / name)
         if tp > 1:
             even = ids[:, :16]  # the sequence is split over the ranks
-            answers["sequence_parallel"] = answer(folders["tied"], tp, pp, None, even, sequence_parallel=True)
+            for name in SEQUENCE_PARALLEL:
+                answers[f"{name} sequence_parallel"] = answer(folders[name], tp, pp, None, even, sequence_parallel=True)
             chunks = built(folders["tied"], tp, pp, params_dtype=torch.bfloat16)
             save_hf_weights(chunks, folders["tied"], output / "bfloat16")
         if pp > 1:

@@ -11,18 +11,29 @@ from safetensors.torch import load_file
 from eaft_megatron.models.megatron_config import kv_groups_can_be_shared
 from eaft_megatron.testing.distributed import run_distributed
 from tests.models import ranks
-from tests.models.tiny import LENGTH, VARIANTS, VOCAB, save, tiny_llama, token_ids, transformers_answer
+from tests.models.tiny import (
+    FAMILIES,
+    LENGTH,
+    VARIANTS,
+    VOCAB,
+    save,
+    tiny_family,
+    tiny_llama,
+    token_ids,
+    transformers_answer,
+)
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 LOGIT_TOLERANCE = 1e-4  # absolute; float32 logits of size about 6
-GRADIENT_TOLERANCE = 1e-4  # relative to the largest element of the tensor
+GRADIENT_TOLERANCE = 1e-4  # relative to the largest element of the tensor, and to the loss
+MODELS = [*VARIANTS, *FAMILIES]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """name -> (transformers model, its folder)."""
     root = tmp_path_factory.mktemp("hf")
-    made = {name: tiny_llama(name) for name in VARIANTS}
+    made = {name: tiny_llama(name) for name in VARIANTS} | {name: tiny_family(name) for name in FAMILIES}
     return {name: (model, save(model, root / name)) for name, model in made.items()}
 
 
@@ -44,7 +55,7 @@ def run(models, tmp_path_factory):
 
 
 def can_run(name: str, tp: int) -> bool:
-    return tp == 1 or name != "one_group" or kv_groups_can_be_shared()
+    return tp == 1 or "one_group" not in name or kv_groups_can_be_shared()
 
 
 def skip_unless_possible(name: str, tp: int) -> None:
@@ -57,11 +68,13 @@ def layouts(*which: tuple[int, int]):
 
 
 def check_answer(answers, key: str, model, ids: torch.Tensor, tp: int) -> None:
-    expected_logits, expected_gradients = transformers_answer(model, ids)
+    expected_logits, expected_gradients, expected_loss = transformers_answer(model, ids)
     seen = [answer[key][0] for answer in answers if answer[key][0] is not None]
     assert len(seen) == tp  # every tensor-parallel rank of the last stage
     for logits in seen:
         torch.testing.assert_close(logits, expected_logits, atol=LOGIT_TOLERANCE, rtol=0)
+    losses = [loss for answer in answers for loss in answer[key][2]]
+    assert losses == pytest.approx([expected_loss] * tp, rel=GRADIENT_TOLERANCE)
     gradients = {name: grad for answer in answers for name, grad in answer[key][1].items()}
     assert gradients.keys() == expected_gradients.keys()
     for name, expected in expected_gradients.items():
@@ -70,19 +83,21 @@ def check_answer(answers, key: str, model, ids: torch.Tensor, tp: int) -> None:
 
 
 @layouts(*LAYOUTS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_transformers(run, models, sizes, name):
-    """Every token's logits and every parameter's gradient, in float32."""
+    """Every token's logits, the EAFT loss, and its gradient for every parameter, in float32."""
     skip_unless_possible(name, sizes[0])
     answers, _ = run(sizes)
     check_answer(answers, name, models[name][0], token_ids(), sizes[0])
 
 
 @layouts((2, 1), (2, 2))
-def test_sequence_parallel_equals_transformers(run, models, sizes):
+@pytest.mark.parametrize("name", ranks.SEQUENCE_PARALLEL)
+def test_sequence_parallel_equals_transformers(run, models, sizes, name):
     """The local norm marks its parameters, so that sequence parallelism needs no Transformer Engine."""
     answers, _ = run(sizes)
-    check_answer(answers, "sequence_parallel", models["tied"][0], token_ids()[:, : LENGTH - 1], sizes[0])
+    key = f"{name} sequence_parallel"
+    check_answer(answers, key, models[name][0], token_ids()[:, : LENGTH - 1], sizes[0])
 
 
 @layouts((1, 2))
@@ -106,7 +121,7 @@ def check_same_files(source, exported, dtype=torch.float32) -> None:
 
 
 @layouts(*LAYOUTS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", MODELS)
 def test_export_is_bitwise_what_was_loaded(run, models, sizes, name):
     """Same names, same bits, same logits in transformers, tokenizer files carried along, no weights of others."""
     from transformers import AutoModelForCausalLM
@@ -145,12 +160,12 @@ def test_export_that_fails_on_one_rank_fails_on_all(run, sizes):
 def test_tolerances_can_be_missed(models):
     """The yardstick is short enough: q and k of one layer exchanged is far outside."""
     model = tiny_llama("rope_linear")  # q and k have the same shape here
-    expected, _ = transformers_answer(model, token_ids())
+    expected, *_ = transformers_answer(model, token_ids())
     attention = model.model.layers[1].self_attn
     attention.q_proj.weight.data, attention.k_proj.weight.data = (
         attention.k_proj.weight.data,
         attention.q_proj.weight.data,
     )
-    actual, _ = transformers_answer(model, token_ids())
+    actual, *_ = transformers_answer(model, token_ids())
     assert (actual - expected).abs().max() > 100 * LOGIT_TOLERANCE
     assert expected.shape == (2, LENGTH, VOCAB)

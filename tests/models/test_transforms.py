@@ -7,7 +7,7 @@ import torch
 
 from eaft_megatron.models.architecture import find_entry
 from eaft_megatron.models.llama import LLAMA
-from eaft_megatron.models.transforms import COLUMN, GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB, ModelSizes
+from eaft_megatron.models.transforms import COLUMN, FUSED_GATE_UP, GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB, ModelSizes
 
 
 def sizes(**changes) -> ModelSizes:
@@ -26,6 +26,8 @@ def column(*values: int) -> torch.Tensor:
         (QKV_ROWS, [column(0, 1, 2, 3), column(10, 11), column(20, 21)], [[0, 1, 10, 20], [2, 3, 11, 21]]),
         # each rank: its part of gate, then its part of up
         (GATE_UP, [column(0, 1, 2, 3), column(10, 11, 12, 13)], [[0, 1, 10, 11], [2, 3, 12, 13]]),
+        # the same from one tensor
+        (FUSED_GATE_UP, [column(0, 1, 2, 3, 10, 11, 12, 13)], [[0, 1, 10, 11], [2, 3, 12, 13]]),
         # five rows padded with zeros to eight
         (VOCAB, [column(1, 2, 3, 4, 5)], [[1, 2, 3, 4], [5, 0, 0, 0]]),
         (COLUMN, [column(1, 2, 3, 4)], [[1, 2], [3, 4]]),

@@ -1,4 +1,4 @@
-"""Tiny random Llama folders, written by transformers itself, and what transformers makes of them."""
+"""Tiny random models of every architecture, written by transformers itself, and what transformers makes of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from eaft_megatron.loss.reference import reference_eaft_loss
 
 VOCAB = 257  # odd: 256 or 128 rows per rank leave one token to a rank of padding
 LENGTH = 17
@@ -45,16 +47,43 @@ VARIANTS = {
 }
 
 
+_QWEN2 = {"head_dim": None, "use_sliding_window": False, "sliding_window": 8}  # 64 / 8 wide heads
+_GLM4 = {"partial_rotary_factor": 0.5, "pad_token_id": None}  # a padding token's embedding would get no gradient
+FAMILIES = {
+    "qwen2_tied": ("Qwen2", {**_QWEN2, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2_untied": ("Qwen2", {**_QWEN2, "num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "qwen2_one_group": ("Qwen2", {**_QWEN2, "num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "qwen3_tied": ("Qwen3", {"head_dim": 24, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "glm4_bias": ("Glm4", {**_GLM4, "num_key_value_heads": 2, "attention_bias": True}),
+    "glm4": ("Glm4", {**_GLM4, "num_key_value_heads": 4, "attention_bias": False, "head_dim": 24}),
+}
+
+
 def tiny_llama(variant: str, **overrides):
     """A random LlamaForCausalLM in float32 whose norms are not all ones."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return _tiny("Llama", sorted(VARIANTS).index(variant), {**VARIANTS[variant], **overrides})
 
-    torch.manual_seed(sorted(VARIANTS).index(variant))
-    model = LlamaForCausalLM(LlamaConfig(**{**_COMMON, **VARIANTS[variant], **overrides}))
+
+def tiny_family(variant: str, **overrides):
+    """A random model of another family in float32, biases and norms random too."""
+    family, fields = FAMILIES[variant]
+    return _tiny(family, 100 + list(FAMILIES).index(variant), {**fields, **overrides})
+
+
+def _tiny(family: str, seed: int, fields: dict):
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")
+    # None stands for a field that this family's config.json does not have.
+    values = {name: value for name, value in {**_COMMON, **fields}.items() if (name, value) != ("head_dim", None)}
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**values))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     return model.eval()
 
 
@@ -77,9 +106,10 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def transformers_answer(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """(logits [b, s, V], gradients by name) by transformers."""
+def transformers_answer(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor], float]:
+    """(logits [b, s, V], gradients of the reference EAFT loss by name, that loss) by transformers."""
     model.zero_grad()
     logits = model(ids).logits
-    next_token_loss(logits, ids).backward()
-    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    loss = reference_eaft_loss(logits[:, :-1], ids[:, 1:])[0].mean()
+    loss.backward()
+    return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, loss.item()
