@@ -102,3 +102,9 @@ def test_killed_and_resumed(script, tmp_path):
     assert [first, *rest] == [expected[4], *expected[6:]]
     # A process's second line averages two iterations: Megatron prints the first one without starting its sums anew.
     assert second["grad norm"] == expected[5]["grad norm"]
+    # The same command without its loss flags would go on with another loss, and is refused.
+    forgetful = [flag for flag in resumable if flag not in EAFT]
+    done = subprocess.run(
+        command(script, forgetful, port=29759), env=environment(script), capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode != 0 and "the checkpoint was trained with --loss-type eaft, this run has sft" in done.stderr

@@ -90,7 +90,7 @@ def test_sft_is_the_scripts_own_loss():
     assert lines(start("--loss-type", "sft")) == lines(start(hooked=False))
 
 
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
 def test_what_is_not_finite_ends_the_run_where_megatron_does_not_look(value):
     """fp16 with a dynamic loss scale turns Megatron's check off; ours takes its place."""
     done = start("--loss-type", "eaft", "--fp16", "--poison", value)
