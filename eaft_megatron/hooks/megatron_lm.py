@@ -19,7 +19,7 @@ from eaft_megatron.hooks.loss_hook import install, installed
 from eaft_megatron.hooks.metrics import wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
 from eaft_megatron.hooks.reporting import watch_training
-from eaft_megatron.hooks.resumption import guard_resumption, true_vocab_size
+from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
@@ -28,7 +28,7 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
 
     Call it once, after Megatron's own checks of the flags and before ``pretrain`` builds the model. With
-    ``--loss-type sft`` it does nothing: Megatron's own loss runs.
+    ``--loss-type sft`` Megatron's own loss runs, untouched.
 
     Returns:
         ``forward_step_func`` with our metrics in its report (None if none was given).
@@ -40,6 +40,7 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
         raise ValueError(_NO_YAML)
     settings = settings_from_args(args)
     guard_resumption()
+    carry_record(args)
     if settings.loss_type == "sft":
         _say_what_sft_ignores(args)
         return forward_step_func

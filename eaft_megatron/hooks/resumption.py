@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from eaft_megatron.hooks.arguments import loss_arguments
+
+_RECORD = "eaft_model.json"
+_STARTS = ("load", "pretrained_checkpoint")  # Megatron's arguments that name weights
 
 
 def guard_resumption() -> None:
@@ -43,6 +47,24 @@ def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> 
             )
 
 
+def carry_record(args: argparse.Namespace) -> None:
+    """Copy what `eaft-megatron convert` recorded beside the weights that the run starts from to --save, on rank 0.
+
+    A later `--load` of that folder then finds the true vocabulary, and `convert to-hf` the model's configuration.
+    """
+    save = getattr(args, "save", None)
+    sources = [Path(folder) for name in _STARTS if (folder := getattr(args, name, None))]
+    sources = [folder for folder in sources if (folder / _RECORD).is_file()]
+    if getattr(args, "rank", 0) != 0 or not save or not sources or (Path(save) / _RECORD).exists():
+        return
+    Path(save).mkdir(parents=True, exist_ok=True)
+    if (sources[0] / "hf").is_dir():
+        shutil.copytree(sources[0] / "hf", Path(save) / "hf", dirs_exist_ok=True)
+    partial = Path(save) / f".{_RECORD}.incomplete"
+    shutil.copyfile(sources[0] / _RECORD, partial)
+    partial.replace(Path(save) / _RECORD)
+
+
 def true_vocab_size(args: argparse.Namespace) -> int | None:
     """``--true-vocab-size``, or what `eaft-megatron convert` recorded beside the weights that the run starts from.
 
@@ -50,9 +72,9 @@ def true_vocab_size(args: argparse.Namespace) -> int | None:
         ValueError: the two differ.
     """
     given = args.true_vocab_size
-    for name in ("load", "pretrained_checkpoint"):
+    for name in _STARTS:
         folder = getattr(args, name, None)
-        if not folder or not (record := Path(folder) / "eaft_model.json").is_file():
+        if not folder or not (record := Path(folder) / _RECORD).is_file():
             continue
         recorded = json.loads(record.read_text())["true_vocab_size"]
         if given not in (None, recorded):

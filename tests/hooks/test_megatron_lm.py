@@ -59,6 +59,24 @@ def test_the_vocabulary_is_that_of_the_checkpoint(megatron, monkeypatch, tmp_pat
     assert installed().settings.true_vocab_size == args.true_vocab_size == 90
 
 
+@pytest.mark.parametrize("loss_type", ["eaft", "sft"])
+def test_what_was_recorded_goes_along_to_the_save_folder(megatron, monkeypatch, tmp_path, loss_type):
+    """So that a resumed run and the conversion back find it; what lies there already is left alone."""
+    load, save = tmp_path / "converted", tmp_path / "run"
+    (load / "hf").mkdir(parents=True)
+    (load / "hf" / "config.json").write_text("{}")
+    (load / "eaft_model.json").write_text('{"true_vocab_size": 90}')
+    flags = ("--loss-type", loss_type, "--load", str(load), "--save", str(save))
+    _start(megatron, monkeypatch, *flags)
+    assert (save / "hf" / "config.json").read_text() == "{}"
+    assert (save / "eaft_model.json").read_text() == '{"true_vocab_size": 90}'
+    (save / "eaft_model.json").write_text('{"true_vocab_size": 91}')
+    uninstall()
+    attach(megatron.arguments.parse_args())
+    assert (save / "eaft_model.json").read_text() == '{"true_vocab_size": 91}'
+    assert sorted(path.name for path in save.iterdir()) == ["eaft_model.json", "hf"]
+
+
 def test_sft_installs_nothing(megatron, monkeypatch):
     """Not a single function of the training loop or of megatron-core is another."""
     from megatron.core.models.common.language_module.language_module import LanguageModule

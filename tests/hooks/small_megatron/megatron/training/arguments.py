@@ -27,6 +27,7 @@ def add_megatron_arguments(parser):
     parser.add_argument("--multiple-validation-sets", action="store_true")
     parser.add_argument("--yaml-cfg")
     parser.add_argument("--load")
+    parser.add_argument("--save")
     parser.add_argument(
         "--report", choices=["tensor", "tuple", "scalar"], default="tensor", help="of the loss function"
     )
