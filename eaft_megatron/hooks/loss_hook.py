@@ -120,8 +120,10 @@ class LossHook:
         )
         self.calls += 1
         self.replayed = _has_cuda_graphs(model.config)
-        # A copy of the cross entropy: the host may reduce what it gets in place, and it is kept for the metrics.
-        return loss.transpose(0, 1).contiguous() if model.training else stats.ce.transpose(0, 1).clone()
+        if model.training:
+            return loss.transpose(0, 1).contiguous()
+        # A copy: the host may reduce what it gets in place, and this one is kept for the metrics.
+        return stats.ce.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
     def remove(self) -> None:
         """Put Megatron's own methods back."""

@@ -80,6 +80,7 @@ def _check_losses(model) -> None:
             torch.testing.assert_close(hook.latest.stats.entropy.double(), entropy, rtol=1e-5, atol=1e-6)
             # In evaluation the same call is the plain cross entropy, and the metrics still are EAFT's.
             evaluated = _call(model.eval(), batch, **given)
+            assert actual.is_contiguous() and evaluated.is_contiguous()  # hosts call view() on it
             torch.testing.assert_close(evaluated.double(), ce, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(hook.latest.loss.double(), loss, rtol=1e-5, atol=1e-6)
         assert hook.calls == 4
