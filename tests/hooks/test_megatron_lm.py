@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eaft_megatron.hooks import LossSettings, attach, install, installed, rebind_megatron, uninstall
+from eaft_megatron.hooks import LossHook, LossSettings, attach, install, installed, rebind_megatron, uninstall
 from eaft_megatron.hooks.metrics import METRICS
 
 SMALL = str(Path(__file__).parent / "small_megatron")
@@ -245,3 +245,22 @@ def test_install_covers_every_causal_language_model():
     assert GPTModel._postprocess.__wrapped__ is before[0] and MambaModel.forward.__wrapped__ is before[1]
     uninstall()
     assert (GPTModel._postprocess, MambaModel.forward) == before
+
+
+def test_an_output_processor_is_refused():
+    """From 0.18 on a caller may take the loss into its own hands; no flag says so, the first call does."""
+    from megatron.core.models.common.language_module.language_module import LanguageModule
+
+    from eaft_megatron.hooks.loss_hook import _note_arguments
+
+    class Model(LanguageModule):
+        def _postprocess(self, hidden_states, labels, loss_mask=None, output_processor=None):
+            return "the loss"
+
+    hook, model = LossHook(LossSettings()), Model.__new__(Model)
+    _note_arguments(hook, Model, "_postprocess")
+    assert model._postprocess(None, None) == "the loss"
+    with pytest.raises(ValueError, match="output_processor takes the loss of Model into its own hands"):
+        model._postprocess(None, None, output_processor=print)
+    hook.remove()
+    assert model._postprocess(None, None, output_processor=print) == "the loss"
