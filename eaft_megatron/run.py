@@ -56,6 +56,7 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
     sys.argv = [str(script), *flags]
     sys.path[0] = str(script.resolve().parent)  # as a direct run has it: the checkout before what is installed
     _check_megatron()
+    from eaft_megatron.data.megatron_source import MegatronSource
     from eaft_megatron.hooks import rebind_megatron
 
     with contextlib.ExitStack() as stack:
@@ -63,7 +64,7 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
             from eaft_megatron.testing.cpu_script import script_standins
 
             stack.enter_context(script_standins())
-        rebind_megatron()
+        rebind_megatron(MegatronSource())
         try:
             runpy.run_path(str(script), run_name="__main__")
         except argparse.ArgumentError as error:  # the script's own extra flags come after ours

@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import os
 import sys
 import time
 import traceback
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from eaft_megatron.data import SFTDataset
 from eaft_megatron.hooks import install, settings_from_args, uninstall, wrap_forward_step
 from eaft_megatron.models import read_hf_config, save_hf_weights, transformer_config
 from eaft_megatron.training.arguments import parse_arguments
 from eaft_megatron.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
+from eaft_megatron.training.datasets import Dataset, read_datasets
 from eaft_megatron.training.log import RunLog
 from eaft_megatron.training.setup import Trainer, build_trainer, distributed
 from eaft_megatron.training.steps import evaluate, forward_step, train_step, training_batches
+from eaft_megatron.training.stopping import Stopping
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,9 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_arguments(argv, world_size=int(os.environ["WORLD_SIZE"]))
         _check_model(args)
-        datasets = _read_data(args)
-        with distributed(args) as device:
-            _run(args, datasets, device)
+        with Stopping(args) as stopping:
+            datasets = read_datasets(args)
+            with distributed(args) as device:
+                _run(args, datasets, device, stopping)
         return 0
     except (ValueError, FileNotFoundError) as error:
         message = f"{type(error).__name__}: {error}"
@@ -69,34 +69,17 @@ def _check_model(args: argparse.Namespace) -> None:
             "leave the flag out"
         )
     args.true_vocab_size = hf_config["vocab_size"]
-    if columns := settings_from_args(args).gate().needs_side:
+    if (columns := settings_from_args(args).gate().needs_side) and not args.sft_data:
         raise ValueError(
             f"--loss-type {args.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
-            "data, which chat JSONL does not carry; vocab_parallel_token_loss takes them as side="
+            "data, which chat JSONL does not carry: `eaft-megatron prepare` it, `eaft-megatron score` it, and give "
+            "--sft-data"
         )
     if _is_filled(args.export_hf) and latest_iteration(args.load) != args.train_iters:
         raise ValueError(f"--export-hf: {args.export_hf} exists and is not empty")
 
 
-def _read_data(args: argparse.Namespace) -> dict[str | None, SFTDataset]:
-    """The training set under None, the evaluation sets under their names; every rank reads the same files."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.hf_model)
-    paths = {None: args.data, **args.eval_sets}
-    datasets = {name: SFTDataset(path, tokenizer, args.seq_length) for name, path in paths.items()}
-    for dataset in datasets.values():
-        if dataset.max_token_id >= args.true_vocab_size:
-            raise ValueError(
-                f"{dataset.path} has token id {dataset.max_token_id}, but the vocabulary of {args.hf_model} ends at "
-                f"{args.true_vocab_size - 1}: tokenizer and model do not belong together"
-            )
-    args.train_samples = len(datasets[None])
-    args.data_sha256 = hashlib.sha256(Path(args.data).read_bytes()).hexdigest()
-    return datasets
-
-
-def _run(args: argparse.Namespace, datasets: dict[str | None, SFTDataset], device: torch.device) -> None:
+def _run(args: argparse.Namespace, datasets: dict[str | None, Dataset], device: torch.device, stopping) -> None:
     start = _agreed_start(args)
     trainer = build_trainer(args, device, load_weights=start is None)
     consumed = load_checkpoint(trainer, args, start) if start is not None else 0
@@ -105,7 +88,8 @@ def _run(args: argparse.Namespace, datasets: dict[str | None, SFTDataset], devic
     try:
         log = RunLog(args, start or 0)
         _describe(log, args, datasets, start)
-        _train(args, trainer, datasets, device, log, wrap_forward_step(forward_step, hook), start or 0, consumed)
+        step = wrap_forward_step(forward_step, hook)
+        _train(args, trainer, datasets, device, log, step, stopping, start or 0, consumed)
     finally:
         if log is not None:
             log.close()
@@ -142,7 +126,7 @@ def _describe(log: RunLog, args: argparse.Namespace, datasets: dict, start: int 
         log.say(f"no checkpoint in {args.load} yet: starting from {args.hf_model}")
 
 
-def _train(args, trainer: Trainer, datasets, device, log: RunLog, step, start: int, consumed: int) -> None:
+def _train(args, trainer: Trainer, datasets, device, log: RunLog, step, stopping, start: int, consumed: int) -> None:
     def evaluate_all(iteration: int) -> None:
         for name, dataset in datasets.items():
             if name is not None:
@@ -165,9 +149,14 @@ def _train(args, trainer: Trainer, datasets, device, log: RunLog, step, start: i
             evaluate_all(iteration)
         if iteration == args.train_iters:  # before the last save: a run killed in between evaluates again
             evaluate_all(iteration)
-        if args.save and (iteration == last or args.save_interval and iteration % args.save_interval == 0):
+        reason = stopping.agreed() if iteration < last else None
+        if args.save and (reason or iteration == last or args.save_interval and iteration % args.save_interval == 0):
             save_checkpoint(trainer, args, iteration, consumed)
             saved = iteration
+        if reason:
+            log.say(f"stopped after iteration {iteration} of {args.train_iters}: {reason}")
+            last = iteration
+            break
     if args.save and saved == last:
         log.say(f"checkpoint of iteration {last} in {args.save}")
     if args.export_hf and last == args.train_iters and _is_filled(args.export_hf):

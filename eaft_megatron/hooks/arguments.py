@@ -41,7 +41,36 @@ def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--talr-min-weight", float, "W", "TALR: floor of the weight (default: 0.01)", 0.01)
     add("--sft-kl-beta", float, "B", "SFT-KL: weight of the KL term (default: 0.5)", 0.5)
     add("--true-vocab-size", int, "N", "vocabulary without padding, config.vocab_size (default: count padded columns)")
+    data = parser.add_argument_group("prepared data", "folders that `eaft-megatron prepare` makes")
+    data.add_argument("--sft-data", default=None, metavar="DIR", help="train on this prepared folder")
+    data.add_argument(
+        "--sft-eval-data",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="evaluate on this prepared folder, under this name; may be repeated",
+    )
+    data.add_argument(
+        "--sft-packing",
+        choices=["auto", "thd", "mask", "none"],
+        default="auto",
+        help="thd: packed sequences with --sft and Transformer Engine; mask: an attention mask, for the local "
+        "implementation; none: one row a sample (default: auto, and never attention across rows)",
+    )
     return parser
+
+
+def named_folders(values: list[str], flag: str) -> dict[str, str]:
+    """NAME=PATH, ... as a dict; ``ValueError`` names ``flag``."""
+    sets: dict[str, str] = {}
+    for value in values:
+        name, separator, path = value.partition("=")
+        if not (name and separator and path):
+            raise ValueError(f"{flag} takes NAME=PATH, got {value!r}")
+        if name in sets:
+            raise ValueError(f"{flag} names {name!r} twice")
+        sets[name] = path
+    return sets
 
 
 def settings_from_args(args: argparse.Namespace) -> LossSettings:

@@ -51,8 +51,9 @@ class LossHook:
         calls: how often the hook computed a loss.
         replayed: whether CUDA graphs may run the hook's work without calling it.
         check_finite: whether the metrics' loss function must look for NaN and inf, since the host does not.
-        side: columns for gates that need more than logits ("ref_logprob", "sample_weight"), each ``[b, s]``; a host
-            that has them sets them before each forward pass, which takes them out.
+        side: columns for gates that need more than logits ("ref_logprob", "sample_weight"), each ``[b, s]``, and
+            "sequence_ids", int64, where samples are packed (-1: padding); a host that has them sets them before each
+            forward pass, which takes them out.
     """
 
     settings: LossSettings
@@ -87,12 +88,16 @@ class LossHook:
                 f"and this script does not pass loss_mask to {type(model).__name__}: pass it, or use a loss without "
                 "percentile or median"
             )
-        side, self.side = self.side, {}  # a host that forgets to set them must not get the last micro-batch's
+        side, self.side = dict(self.side), {}  # a host that forgets to set them must not get the last micro-batch's
+        sequence_ids = side.pop("sequence_ids", None)
         if not model.training and not set(gate.needs_side) <= set(side):
             gate = SFTGate()  # what evaluation returns is the plain cross entropy in any case
-        sequence_ids = None
         if gate.needs_sequence_ids:
-            sequence_ids = _sequence_ids(labels, self._noted["packed_seq_params"]).transpose(0, 1)
+            if sequence_ids is None:
+                sequence_ids = _sequence_ids(labels, self._noted["packed_seq_params"])
+            sequence_ids = sequence_ids.transpose(0, 1)
+        else:
+            sequence_ids = None
         loss, stats = vocab_parallel_token_loss(
             logits,
             target.transpose(0, 1).contiguous(),

@@ -14,21 +14,30 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from eaft_megatron.hooks.arguments import add_eaft_arguments, settings_from_args
+from eaft_megatron.hooks.arguments import add_eaft_arguments, named_folders, settings_from_args
+from eaft_megatron.hooks.evaluation import evaluate_sets
 from eaft_megatron.hooks.loss_hook import install, installed
 from eaft_megatron.hooks.metrics import wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
 from eaft_megatron.hooks.reporting import watch_training
 from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
+from eaft_megatron.hooks.side_columns import rebind_get_batch
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
 
-def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) -> Callable | None:
+def attach(
+    args: argparse.Namespace, forward_step_func: Callable | None = None, *, prepared: Any = None
+) -> Callable | None:
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
 
     Call it once, after Megatron's own checks of the flags and before ``pretrain`` builds the model. With
     ``--loss-type sft`` Megatron's own loss runs, untouched.
+
+    Args:
+        args: Megatron-LM's flags, ours among them.
+        forward_step_func: to be given our metrics.
+        prepared: what opens ``--sft-data``, :class:`eaft_megatron.data.megatron_source.MegatronSource`; from ``run``.
 
     Returns:
         ``forward_step_func`` with our metrics in its report (None if none was given).
@@ -43,17 +52,19 @@ def attach(args: argparse.Namespace, forward_step_func: Callable | None = None) 
     carry_record(args)
     if settings.loss_type == "sft":
         _say_what_sft_ignores(args)
+        _open_data(args, settings, prepared)
         return forward_step_func
     args.true_vocab_size = true_vocab_size(args)
     settings = settings_from_args(args)
     active = installed()
     if active is None:
         refuse_unsupported(args)
-        _refuse_without_scores(settings)
+        _refuse_without_scores(args, settings)
         active = install(settings)
         active.check_finite = turns_off_nan_check(args, _version())
         _advise(args)
         watch_training(active)
+        _open_data(args, settings, prepared)
     elif active.settings != settings:
         raise ValueError("the loss hook is installed already, with other settings than the flags: give one of them")
     return None if forward_step_func is None else wrap_forward_step(forward_step_func, active)
@@ -74,8 +85,34 @@ def _say_what_sft_ignores(args: argparse.Namespace) -> None:
             warnings.warn(f"{flag} has no effect with --loss-type sft, which is Megatron's own loss", stacklevel=3)
 
 
-def rebind_megatron() -> None:
+def _open_data(args: argparse.Namespace, settings, prepared: Any) -> None:
+    """Open --sft-data, and have its evaluation sets evaluated one by one; last, so that it sees our wrappers."""
+    if not args.sft_data:
+        if args.sft_eval_data or args.sft_packing != "auto":
+            raise ValueError("--sft-eval-data and --sft-packing are for --sft-data DIR, which is missing")
+        return
+    if prepared is not None and prepared.current is not None:
+        return  # Megatron has its flags validated twice
+    if prepared is None:
+        raise ValueError("--sft-data needs `python -m eaft_megatron.run SCRIPT ...`; a patched checkout cannot read it")
+    args.sft_eval_sets = named_folders(args.sft_eval_data, "--sft-eval-data")
+    data = prepared.open(args, settings.gate(), _version())
+    args.sft_data_sha256 = data.fingerprint()
+    first = getattr(args, "rank", 0) == 0
+    if first:
+        print("\n".join(data.describe()), flush=True)
+    if not data.evaluation and args.eval_iters:
+        args.eval_iters = 0
+        if first:
+            print("no --sft-eval-data: nothing is evaluated (--eval-iters 0)", flush=True)
+    evaluate_sets(prepared.evaluation_sets, prepared.evaluation_dataset)
+
+
+def rebind_megatron(prepared: Any = None) -> None:
     """Have Megatron-LM's modules take the loss flags and call :func:`attach` themselves; scripts stay untouched.
+
+    Args:
+        prepared: what opens ``--sft-data``, see :func:`attach`; None: the flag is refused.
 
     Raises:
         ValueError: this Megatron-LM is not one we know: what is missing is named.
@@ -96,8 +133,10 @@ def rebind_megatron() -> None:
     if "forward_step_func" not in inspect.signature(training.pretrain).parameters:
         raise ValueError("pretrain() of this Megatron-LM takes no forward_step_func: unknown version; see patches/")
     arguments.add_megatron_arguments = _with_our_flags(arguments.add_megatron_arguments)
-    validate = _attaching(arguments.validate_args)
-    pretrain = _with_our_forward_step(training.pretrain)
+    validate = _attaching(arguments.validate_args, prepared)
+    pretrain = _with_our_forward_step(training.pretrain, prepared)
+    if prepared is not None:
+        prepared.carries_columns = rebind_get_batch(prepared.columns, prepared.cut)
     arguments.validate_args = validate
     if hasattr(initialize, "validate_args"):  # 0.12 to 0.17 call it from there, under the name they imported
         initialize.validate_args = validate
@@ -146,17 +185,17 @@ def taken_flag_message(flag: str) -> str:
     )
 
 
-def _attaching(validate_args: Callable) -> Callable:
+def _attaching(validate_args: Callable, prepared: Any) -> Callable:
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **kwargs: Any):
         result = validate_args(args, *rest, **kwargs)
-        attach(args)
+        attach(args, prepared=prepared)
         return result
 
     return validate
 
 
-def _with_our_forward_step(pretrain: Callable) -> Callable:
+def _with_our_forward_step(pretrain: Callable, prepared: Any) -> Callable:
     signature = inspect.signature(pretrain)
 
     @functools.wraps(pretrain)
@@ -164,16 +203,20 @@ def _with_our_forward_step(pretrain: Callable) -> Callable:
         bound = signature.bind(*args, **kwargs)
         # The flags may not have been parsed yet (0.12 to 0.17): whether there is a hook, each step looks up.
         bound.arguments["forward_step_func"] = wrap_forward_step(bound.arguments["forward_step_func"])
+        if prepared is not None:
+            datasets = "train_valid_test_dataset_provider"
+            bound.arguments[datasets] = prepared.provider(bound.arguments[datasets])
         return pretrain(*bound.args, **bound.kwargs)
 
     return with_metrics
 
 
-def _refuse_without_scores(settings) -> None:
-    if columns := settings.gate().needs_side:
+def _refuse_without_scores(args: argparse.Namespace, settings) -> None:
+    if (columns := settings.gate().needs_side) and not args.sft_data:
         raise ValueError(
             f"--loss-type {settings.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
-            "data, which this script's batches do not carry; vocab_parallel_token_loss takes them as side="
+            "data, which this script's own batches do not carry: `eaft-megatron prepare` the data, `eaft-megatron "
+            "score` it, and give --sft-data"
         )
 
 

@@ -36,6 +36,12 @@ def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> 
     """``ValueError`` if the run that wrote a checkpoint had other loss flags; checkpoints without any pass."""
     if not hasattr(before, "loss_type") or not hasattr(now, "loss_type"):
         return
+    data = getattr(before, "sft_data_sha256", None), getattr(now, "sft_data_sha256", None)
+    if data[0] != data[1]:
+        raise ValueError(
+            "--load: the checkpoint was trained on other data than --sft-data, or on other packs of it, so the number "
+            "of samples consumed means nothing here: give the same data, or start from its weights with --finetune"
+        )
     names = ("loss_type",) if before.loss_type == now.loss_type == "sft" else loss_arguments()
     for name in names:
         old, new = getattr(before, name, None), getattr(now, name)

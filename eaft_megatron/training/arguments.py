@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eaft_megatron.hooks.arguments import add_eaft_arguments, settings_from_args
+from eaft_megatron.hooks.arguments import add_eaft_arguments, named_folders, settings_from_args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -38,10 +38,7 @@ def parse_arguments(argv: list[str] | None = None, *, world_size: int) -> argpar
     args.data_parallel_size = world_size // model_parallel
     _check_batches(args)
     _check_schedule(args)
-    args.eval_sets = _eval_sets(args.eval_data)
-    for flag, path in [("--data", args.data), *(("--eval-data", path) for path in args.eval_sets.values())]:
-        if not Path(path).is_file():
-            raise ValueError(f"{flag}: no such file: {path}")
+    _check_data(args)
     settings_from_args(args)
     return args
 
@@ -50,7 +47,9 @@ def _add_model_and_data(group) -> None:
     group.add_argument(
         "--hf-model", required=True, metavar="DIR", help="Hugging Face folder: config, weights, tokenizer"
     )
-    group.add_argument("--data", required=True, metavar="FILE", help="JSONL: 'messages' (chat) or 'text' on each line")
+    group.add_argument(
+        "--data", default=None, metavar="FILE", help="JSONL: 'messages' (chat) or 'text' on each line; or --sft-data"
+    )
     group.add_argument(
         "--eval-data", action="append", default=[], metavar="NAME=FILE", help="an evaluation set; may be repeated"
     )
@@ -100,6 +99,11 @@ def _add_output(group) -> None:
     group.add_argument("--save-interval", type=int, default=0, metavar="N", help="iterations (0: at the end only)")
     group.add_argument("--load", default=None, metavar="DIR", help="resume from the newest checkpoint in DIR, if any")
     group.add_argument("--exit-interval", type=int, default=0, metavar="N", help="save and stop at a multiple of N")
+    group.add_argument("--exit-signal-handler", action="store_true", help="on SIGUSR1 or SIGTERM save and stop")
+    group.add_argument(
+        "--exit-duration-in-mins", type=float, default=None, metavar="MIN", help="save and stop after so many minutes"
+    )
+    group.add_argument("--stop-file", default=None, metavar="FILE", help="save and stop as soon as FILE exists")
     group.add_argument("--export-hf", default=None, metavar="DIR", help="write the result as a Hugging Face folder")
     group.add_argument("--log-interval", type=int, default=1, metavar="N")
     group.add_argument(
@@ -140,9 +144,15 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError("--save-interval without --save: say where the checkpoints go")
     if args.exit_interval and not args.save:
         raise ValueError("--exit-interval without --save: the work would be lost; say where the checkpoint goes")
+    for name in ("exit_signal_handler", "exit_duration_in_mins", "stop_file"):
+        if getattr(args, name) and not args.save:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} without --save: the work would be lost; say where the checkpoint goes")
+    if args.exit_duration_in_mins is not None and args.exit_duration_in_mins <= 0:
+        raise ValueError(f"--exit-duration-in-mins must be > 0, got {args.exit_duration_in_mins}")
     if args.min_lr and args.lr_decay_style == "constant":
         raise ValueError("--min-lr has no meaning with --lr-decay-style constant: leave it out")
-    if (args.eval_interval or args.eval_samples) and not args.eval_data:
+    if (args.eval_interval or args.eval_samples) and not (args.eval_data or args.sft_eval_data or args.sft_data):
         raise ValueError("--eval-interval and --eval-samples need --eval-data")
     if args.recompute_granularity is None and (args.recompute_method or args.recompute_num_layers):
         raise ValueError("--recompute-method and --recompute-num-layers need --recompute-granularity")
@@ -150,13 +160,17 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError("--recompute-granularity full needs --recompute-method and --recompute-num-layers")
 
 
-def _eval_sets(values: list[str]) -> dict[str, str]:
-    sets: dict[str, str] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not (name and separator and path):
-            raise ValueError(f"--eval-data takes NAME=FILE, got {value!r}")
-        if name in sets:
-            raise ValueError(f"--eval-data names {name!r} twice")
-        sets[name] = path
-    return sets
+def _check_data(args: argparse.Namespace) -> None:
+    """One training set; ``args.eval_sets``: name -> JSONL file or prepared folder."""
+    if bool(args.data) == bool(args.sft_data):
+        raise ValueError("give either --data FILE.jsonl or --sft-data DIR (what `eaft-megatron prepare` made)")
+    files, folders = named_folders(args.eval_data, "--eval-data"), named_folders(args.sft_eval_data, "--sft-eval-data")
+    if both := sorted(set(files) & set(folders)):
+        raise ValueError(f"--eval-data and --sft-eval-data both name {both[0]!r}")
+    args.eval_sets = {**files, **folders}
+    for flag, path in [("--data", args.data), *(("--eval-data", path) for path in files.values())]:
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{flag}: no such file: {path}")
+    for flag, path in [("--sft-data", args.sft_data), *(("--sft-eval-data", path) for path in folders.values())]:
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"{flag}: no such folder: {path}")

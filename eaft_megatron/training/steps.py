@@ -11,13 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.data import SFTDataset, collate, micro_batch_indices
+from eaft_megatron.data import collate, micro_batch_indices
+from eaft_megatron.data.samples import block_diagonal_mask
+from eaft_megatron.hooks import installed
 from eaft_megatron.hooks.metrics import METRICS
+from eaft_megatron.training.datasets import Dataset
 from eaft_megatron.training.setup import Trainer
 
 _LENGTH_MULTIPLE = 32  # samples are cut to the longest of the step, rounded up to this
 
 _UNCHANGED = "The weights are as before this iteration; look at its data, the learning rate, the precision"
+
+_OF_EVERY_SAMPLE = ("tokens", "labels", "loss_mask", "position_ids")  # anything else is a column for the loss
 
 Batches = tuple[list[dict[str, Tensor]], int]
 """Micro-batches of one data-parallel rank, and their common length."""
@@ -33,12 +38,16 @@ def loss_func(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor,
 def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Module) -> tuple[Tensor, partial]:
     """The forward_step_func of megatron-core's schedules."""
     batch = next(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    # Only packed samples have ids. Without them None will do: causal attention never looks at padding on the right.
+    mask = block_diagonal_mask(batch["sequence_ids"]) if "sequence_ids" in batch else None
+    if (hook := installed()) is not None:
+        hook.side = {name: batch[name] for name in batch if name not in _OF_EVERY_SAMPLE}
+    output = model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return output, partial(loss_func, batch["loss_mask"])
 
 
 def training_batches(
-    dataset: SFTDataset, args: argparse.Namespace, consumed_samples: int, device: torch.device
+    dataset: Dataset, args: argparse.Namespace, consumed_samples: int, device: torch.device
 ) -> Batches:
     """This data-parallel rank's micro-batches of the step that starts after ``consumed_samples``."""
     from megatron.core import parallel_state
@@ -59,7 +68,7 @@ def training_batches(
     return _load(dataset, indices(parallel_state.get_data_parallel_rank()), length, device), length
 
 
-def evaluation_batches(dataset: SFTDataset, args: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
+def evaluation_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
     """The first ``--eval-samples`` rows in steps of one global batch, short rows together; the last one is filled up
     with rows whose loss mask is 0."""
     from megatron.core import parallel_state
@@ -117,7 +126,7 @@ def train_step(trainer: Trainer, step: Callable, batches: Batches, args: argpars
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, step: Callable, dataset: SFTDataset, args: argparse.Namespace, iteration: int, device):
+def evaluate(trainer: Trainer, step: Callable, dataset: Dataset, args: argparse.Namespace, iteration: int, device):
     """Metrics over a set's valid tokens, the same on every rank; training mode is restored."""
     for chunk in trainer.model:
         chunk.eval()
@@ -167,7 +176,7 @@ def _ranks_where(condition: bool) -> list[int]:
 
 
 def _load(
-    dataset: SFTDataset, micro_batches: list[list[Any]], length: int, device: torch.device
+    dataset: Dataset, micro_batches: list[list[Any]], length: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Collated micro-batches on the device; None stands for a row that does not count."""
     loaded = []

@@ -1,0 +1,198 @@
+"""From files of conversations to a prepared folder: read, render, tokenize, mask, cut, pack.
+
+Memory stays bounded: the parent reads the input in small batches, a few of which are in the hands of worker processes
+at any time, and writes what comes back, in the order of the input. The result does not depend on the number of workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eaft_megatron._version import __version__
+from eaft_megatron.data.arrow import ShardWriter
+from eaft_megatron.data.encoding import encode_all, load_tokenizer
+from eaft_megatron.data.prepare_options import PrepareOptions
+from eaft_megatron.data.prepared import (
+    FORMAT_VERSION,
+    ROW_SCHEMA,
+    PreparedData,
+    read_manifest,
+    template_hash,
+    tokenizer_hash,
+    write_manifest,
+    write_packing,
+)
+from eaft_megatron.data.sources import open_sources
+from eaft_megatron.data.tally import Tally
+
+
+def prepare(
+    inputs: list[str],
+    tokenizer_name: str,
+    output: str | os.PathLike,
+    options: PrepareOptions,
+    *,
+    dataset_split: str | None = None,
+    dataset_config: str | None = None,
+    num_workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """Prepare ``inputs`` into the folder ``output``.
+
+    Idempotent: where the folder holds just this already, nothing is done. Interrupted at any moment it leaves
+    ``output`` as it was, and a folder ``output.incomplete`` that the next run removes.
+
+    Args:
+        inputs: files (JSONL, JSON, Parquet), folders or globs of them, or names for ``datasets.load_dataset``.
+        tokenizer_name: what ``AutoTokenizer.from_pretrained`` takes.
+        options: see :class:`PrepareOptions`.
+        dataset_split, dataset_config: of a ``datasets`` source.
+        num_workers: processes that render and tokenize.
+        overwrite: replace a folder that holds something else.
+        progress: show a bar.
+
+    Returns:
+        The manifest of each part: {"train": ...}, and "valid" and "test" where they were asked for.
+
+    Raises:
+        FileNotFoundError: no such input.
+        ValueError: a bad row (file and line in the message), a tokenizer that cannot do it, nothing left to train on,
+            or an output folder that holds something else.
+    """
+    output = Path(output)
+    tokenizer = load_tokenizer(tokenizer_name)
+    sources = open_sources(inputs, split=dataset_split, config=dataset_config)
+    request = {
+        "inputs": [{"name": source.name, "fingerprint": source.fingerprint()} for source in sources],
+        "tokenizer": {
+            "name": str(tokenizer_name),
+            "sha256": tokenizer_hash(tokenizer),
+            "chat_template_sha256": template_hash(tokenizer.chat_template),
+        },
+        "options": dataclasses.asdict(options),
+    }
+    done = _already_there(output, options, request, overwrite)
+    if done is not None:
+        return done
+    with _whole_or_not_at_all(output) as folder:
+        parts = {name: folder if options.splits == ("train",) else folder / name for name in options.splits}
+        tally = Tally(options)
+        with ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(ShardWriter(part / "rows", ROW_SCHEMA)) for name, part in parts.items()
+            }
+            for encoded in encode_all(sources, tokenizer_name, options, num_workers, progress):
+                for split, batch in tally.add(encoded):
+                    writers[split].write(batch)
+        manifests = {}
+        for name, part in parts.items():
+            manifests[name] = _finish(part, name, writers[name], tally, request, options)
+    return manifests
+
+
+def repack(folder: str | os.PathLike, seq_length: int, pad_to_multiple_of: int = 1) -> dict[str, Any]:
+    """Pack the rows of a prepared folder anew; rows and columns stay untouched. Returns the new manifest."""
+    data = PreparedData(folder)
+    before = data.manifest["packing"]
+    packing = write_packing(data.path, data.lengths, seq_length, pad_to_multiple_of)
+    manifest = {**data.manifest, "packing": packing}
+    write_manifest(data.path, manifest)
+    if before is not None and before["file"] != packing["file"]:
+        (data.path / before["file"]).unlink(missing_ok=True)
+    return manifest
+
+
+def _already_there(output: Path, options: PrepareOptions, request: dict, overwrite: bool) -> dict | None:
+    """The manifests, if the folder holds what is asked for; None if it is free."""
+    if overwrite or not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    parts = {name: output if options.splits == ("train",) else output / name for name in options.splits}
+    try:
+        manifests = {name: read_manifest(part) for name, part in parts.items()}
+    except (ValueError, FileNotFoundError):
+        raise ValueError(
+            f"--output: {output} exists and is not what this command would make; name another folder, or --overwrite"
+        ) from None
+    wanted = _content(json.loads(json.dumps(request)))
+    for manifest in manifests.values():
+        found = _content(manifest)
+        differing = [f"{key} {found[key]}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            raise ValueError(
+                f"--output: {output} was prepared otherwise ({'; '.join(differing)}): name another folder, or "
+                "--overwrite"
+            )
+    return manifests
+
+
+def _content(request: dict[str, Any]) -> dict[str, Any]:
+    """What decides the output, without the names under which it was found."""
+    tokenizer = {f"tokenizer {key}": value for key, value in request["tokenizer"].items() if key != "name"}
+    return {"inputs": [source["fingerprint"] for source in request["inputs"]], **tokenizer, **request["options"]}
+
+
+@contextmanager
+def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the name ``output`` once everything has gone well."""
+    folder = output.with_name(f"{output.name}.incomplete")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if output.exists():
+        shutil.rmtree(output)
+    os.replace(folder, output)
+
+
+def _finish(
+    folder: Path, part: str, writer: ShardWriter, tally: Tally, request: dict, options: PrepareOptions
+) -> dict[str, Any]:
+    """Pack a part and write its manifest."""
+    counts = dict(tally.input) | {
+        name: tally.parts[part][name]
+        for name in (
+            "tokens",
+            "trained_tokens",
+            "truncated",
+            "tokens_cut_off",
+            "dropped_overlong",
+            "dropped_nothing_to_train_on",
+        )
+    }
+    if not writer.files:
+        raise ValueError(
+            f"no row of the {part} part has a token to train on within {options.seq_length + 1} tokens: "
+            + ", ".join(f"{name} {value}" for name, value in counts.items())
+            + (f"; first error: {tally.errors[0]}" if tally.errors else "")
+        )
+    lengths = np.concatenate(tally.lengths[part])
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "eaft_megatron": __version__,
+        "part": part,
+        **json.loads(json.dumps(request)),
+        "rows": int(lengths.size),
+        "max_token_id": tally.max_token_id[part],
+        "longest_row": int(lengths.max()),
+        "counts": counts,
+        "errors": tally.errors,
+        "files": writer.files,
+        "packing": None,
+    }
+    if options.pack:
+        manifest["packing"] = write_packing(folder, lengths, options.seq_length, options.pad_to_multiple_of)
+    write_manifest(folder, manifest)
+    return manifest

@@ -1,0 +1,87 @@
+"""Encoded samples into record batches of the parts they belong to; everything is counted."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from eaft_megatron.data.chat import EncodedSample
+from eaft_megatron.data.encoding import EncodedBatch
+from eaft_megatron.data.prepare_options import PrepareOptions
+from eaft_megatron.data.prepared import ROW_SCHEMA
+
+INPUT_COUNTS = ("input_rows", "rows_with_errors", "rows_split_into_turns", "answers_without_end_token")
+_ERRORS_KEPT = 20  # messages; all errors are counted
+
+
+class Tally:
+    """Samples into record batches of their parts, and everything counted."""
+
+    def __init__(self, options: PrepareOptions) -> None:
+        self.options = options
+        self.input = collections.Counter(dict.fromkeys(INPUT_COUNTS, 0))
+        self.errors: list[str] = []
+        self.parts = {name: collections.Counter() for name in options.splits}
+        self.lengths: dict[str, list[np.ndarray]] = {name: [] for name in options.splits}
+        self.max_token_id = dict.fromkeys(options.splits, -1)
+
+    def add(self, encoded: EncodedBatch) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """(part, record batch) for each part that gets a row of these."""
+        first = self.input["input_rows"]
+        self.input["input_rows"] += encoded.rows
+        self.input["rows_with_errors"] += len(encoded.errors)
+        self.input["rows_split_into_turns"] += encoded.split
+        self.input["answers_without_end_token"] += encoded.unended
+        self.errors += encoded.errors[: _ERRORS_KEPT - len(self.errors)]
+        kept: dict[str, list[tuple[EncodedSample, int, str]]] = {name: [] for name in self.parts}
+        for index, where, sample in encoded.samples:
+            part = self._part_of(first + index)
+            sample = self._fit(sample, self.parts[part])
+            if sample is not None:
+                kept[part].append((sample, first + index, where))
+        for part, rows in kept.items():
+            if rows:
+                yield part, self._record_batch(part, rows)
+
+    def _part_of(self, sequence_id: int) -> str:
+        """Turns of one conversation always land in one part."""
+        if len(self.parts) == 1:
+            return "train"
+        digest = hashlib.sha256(f"{self.options.seed}:{sequence_id}".encode()).digest()
+        draw = int.from_bytes(digest[:8], "big") / 2**64
+        if draw < self.options.valid_fraction:
+            return "valid"
+        return "test" if draw < self.options.valid_fraction + self.options.test_fraction else "train"
+
+    def _fit(self, sample: EncodedSample, counts: collections.Counter) -> EncodedSample | None:
+        limit = self.options.seq_length + 1
+        if len(sample.input_ids) > limit:
+            if self.options.overlong == "drop":
+                counts["dropped_overlong"] += 1
+                return None
+            counts["truncated"] += 1
+            counts["tokens_cut_off"] += len(sample.input_ids) - limit
+            sample = sample.truncate(limit)
+        if not any(sample.labels_mask[1:]):  # nothing predicts the first token
+            counts["dropped_nothing_to_train_on"] += 1
+            return None
+        return sample
+
+    def _record_batch(self, part: str, rows: list[tuple[EncodedSample, int, str]]) -> pa.RecordBatch:
+        samples = [sample for sample, _, _ in rows]
+        counts = self.parts[part]
+        counts["tokens"] += sum(len(sample.input_ids) for sample in samples)
+        counts["trained_tokens"] += sum(sum(sample.labels_mask[1:]) for sample in samples)
+        self.lengths[part].append(np.array([len(sample.input_ids) for sample in samples]))
+        self.max_token_id[part] = max(self.max_token_id[part], *(max(sample.input_ids) for sample in samples))
+        arrays = [
+            pa.array([sample.input_ids for sample in samples], type=ROW_SCHEMA.field("input_ids").type),
+            pa.array([sample.labels_mask for sample in samples], type=ROW_SCHEMA.field("labels_mask").type),
+            pa.array([sequence_id for _, sequence_id, _ in rows], type=pa.int64()),
+            pa.array([where for _, _, where in rows], type=pa.string()),
+        ]
+        return pa.record_batch(arrays, schema=ROW_SCHEMA)

@@ -1,0 +1,80 @@
+"""Training and evaluation sets of ``eaft_megatron.train``: prepared folders, or chat JSONL read directly."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from eaft_megatron.data import SFTDataset
+from eaft_megatron.data.prepared import MANIFEST, PreparedData, evaluation_folders, training_folder
+from eaft_megatron.data.samples import PreparedDataset
+from eaft_megatron.hooks import settings_from_args
+
+Dataset = SFTDataset | PreparedDataset
+
+
+def read_datasets(args: argparse.Namespace) -> dict[str | None, Dataset]:
+    """The training set under None, the evaluation sets under their names; every rank opens the same files.
+
+    Sets ``args.train_samples`` and ``args.data_sha256``, by which a resumed run knows its data again.
+
+    Raises:
+        ValueError: data that does not fit the model, the flags or the loss.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.hf_model)
+    needs = settings_from_args(args).gate().needs_side
+    datasets: dict[str | None, Dataset] = {}
+    if args.sft_data:
+        folder = training_folder(args.sft_data)
+        datasets[None] = _prepared(folder, tokenizer, args, needs)
+        args.data_sha256 = _sha256(folder / MANIFEST)
+    else:
+        datasets[None] = SFTDataset(args.data, tokenizer, args.seq_length)
+        args.data_sha256 = _sha256(Path(args.data))
+    for name, path in evaluation_sets(args).items():
+        is_folder = Path(path).is_dir()
+        datasets[name] = _prepared(path, tokenizer, args) if is_folder else SFTDataset(path, tokenizer, args.seq_length)
+    for dataset in datasets.values():
+        if dataset.max_token_id >= args.true_vocab_size:
+            raise ValueError(
+                f"{dataset.path} has token id {dataset.max_token_id}, but the vocabulary of {args.hf_model} ends at "
+                f"{args.true_vocab_size - 1}: tokenizer and model do not belong together"
+            )
+    args.train_samples = len(datasets[None])
+    return datasets
+
+
+def evaluation_sets(args: argparse.Namespace) -> dict[str, str | Path]:
+    """Name -> file or folder: ``--eval-data``, ``--sft-eval-data``, and what a split ``--sft-data`` has set aside."""
+    sets = dict(evaluation_folders(args.sft_data)) if args.sft_data else {}
+    return {**sets, **args.eval_sets}
+
+
+def _prepared(path: str | Path, tokenizer: Any, args: argparse.Namespace, columns: tuple[str, ...] = ()) -> Dataset:
+    data = PreparedData(path)
+    data.check_tokenizer(tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return PreparedDataset(data, args.seq_length, packed=_is_packed(data, args), columns=columns, pad_token_id=pad)
+
+
+def _is_packed(data: PreparedData, args: argparse.Namespace) -> bool:
+    if args.sft_packing == "thd":
+        raise ValueError("--sft-packing thd is for Megatron-LM with --sft; this entrypoint has mask and none")
+    if args.sft_packing == "none" or (args.sft_packing == "auto" and data.manifest["packing"] is None):
+        return False
+    impl = args.transformer_impl
+    if impl == "transformer_engine" or (impl == "auto" and importlib.util.find_spec("transformer_engine")):
+        raise ValueError(
+            f"{data.path} is packed, and Transformer Engine's causal attention would look across the rows of a pack: "
+            "give --sft-packing none (one row a sample), --transformer-impl local, or train with Megatron-LM and --sft"
+        )
+    return True
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
