@@ -2,8 +2,9 @@
 
     python examples/demo/demo.py --output DIR [--train-iters N] [--wheels DIR] [-- FLAGS FOR eaft_megatron.train]
 
-Prepares model and data (prepare_data.py), trains once with each loss, then prints a table and writes demo.png
-(report.py). Everything goes into DIR. The data are benchmark test data: a demonstration, not a result to report.
+Fetches model and data (prepare_data.py), tokenizes and masks them (`eaft-megatron prepare`), trains once with each
+loss, then prints a table and writes demo.png (report.py). Everything goes into DIR. The data are benchmark test data: a
+demonstration, not a result to report.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 METHODS = ("eaft", "sft")
+DATA = {"training": "bfcl_train", "target": "bfcl_heldout", "general": "general"}  # set -> JSONL and prepared folder
 
 
 def default_tensor_parallel() -> int:
@@ -29,14 +31,23 @@ def train_command(method: str, options: argparse.Namespace) -> list[str]:
     output, tensor_parallel = options.output, options.tensor_parallel
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", tensor_parallel]
     command += ["-m", "eaft_megatron.train", "--tensor-model-parallel-size", tensor_parallel]
-    command += ["--hf-model", output / "model", "--data", output / "bfcl_train.jsonl"]
-    command += ["--eval-data", f"target={output / 'bfcl_heldout.jsonl'}"]
-    command += ["--eval-data", f"general={output / 'general.jsonl'}", "--eval-samples", options.eval_samples]
+    command += ["--hf-model", output / "model", "--sft-data", output / DATA["training"]]
+    for name in ("target", "general"):
+        command += ["--sft-eval-data", f"{name}={output / DATA[name]}"]
+    command += ["--eval-samples", options.eval_samples]
     command += ["--seq-length", options.seq_length, "--micro-batch-size", options.micro_batch_size]
     command += ["--global-batch-size", options.global_batch_size, "--train-iters", options.train_iters]
     command += ["--lr", options.lr, "--lr-warmup-fraction", 0.1, "--seed", options.seed]
     command += ["--loss-type", method, "--run-dir", output / method, *options.train_flags]
     return [str(part) for part in command]
+
+
+def prepare_command(name: str, options: argparse.Namespace) -> list[str]:
+    """One row a sample: a packed step would hold several times as many chats, and take as much longer."""
+    output = options.output
+    command = [sys.executable, "-m", "eaft_megatron.cli", "prepare", "--input", output / f"{name}.jsonl"]
+    command += ["--tokenizer", output / "model", "--seq-length", options.seq_length, "--no-pack", "--num-workers", 1]
+    return [str(part) for part in [*command, "--output", output / name, "--overwrite"]]
 
 
 def check_output(output: Path) -> None:
@@ -84,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     check_output(options.output)
     prepare = [sys.executable, str(HERE / "prepare_data.py"), "--output", str(options.output)]
     step("model and data", prepare + (["--wheels", str(options.wheels)] if options.wheels else []))
+    for name in DATA.values():
+        step(f"tokenizing {name}", prepare_command(name, options))
     for method in METHODS:
         shutil.rmtree(runs[method], ignore_errors=True)
         step(f"training with --loss-type {method}", train_command(method, options))
