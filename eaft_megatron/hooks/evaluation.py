@@ -32,11 +32,12 @@ def evaluate_sets(names: Callable[[], Sequence[str]], dataset: Callable[[str, in
         for name in names():
             bound = signature.bind(*args, **kwargs)
             given = bound.arguments
-            samples = dataset(name, flags.global_batch_size)
+            batch_size = getattr(flags, "eval_global_batch_size", None) or flags.global_batch_size
+            samples = dataset(name, batch_size)
             given["prefix"] = f"{given['prefix']} ({name})"
             given["data_iterator"] = _iterators(training, samples, len(given["model"]))
             before = flags.eval_iters
-            flags.eval_iters = min(before, len(samples) // flags.global_batch_size)
+            flags.eval_iters = min(before, len(samples) // batch_size)
             with _curves_under(training, name):
                 try:
                     result = original(*bound.args, **bound.kwargs)
