@@ -154,7 +154,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         parts = [name for name in ("train", "valid", "test") if (folder / name / MANIFEST).is_file()]
         hint = f": name one of its parts, {', '.join(str(folder / part) for part in parts)}" if parts else ""
         raise ValueError(f"{folder} is not a prepared folder (no {MANIFEST}); `eaft-megatron prepare` makes one{hint}")
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error}): prepare the data again") from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{folder}: format version {manifest.get('format_version')}, but this release reads {FORMAT_VERSION}: "

@@ -231,6 +231,9 @@ def test_lost_files_are_noticed(tmp_path, tokenizer_dir):
     manifest.write_text(text.replace('"rows": 3,\n  "max', '"rows": 4,\n  "max'))
     with pytest.raises(ValueError, match="3 rows, but its manifest says 4"):
         PreparedData(tmp_path / "out")
+    manifest.write_text(text[:100])
+    with pytest.raises(ValueError, match="manifest.json is damaged"):
+        PreparedData(tmp_path / "out")
     manifest.write_text(text)
     (tmp_path / "out" / "rows" / "data-00000.arrow").unlink()
     with pytest.raises(ValueError, match="is missing"):
