@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.collectives import all_gather_rows, all_reduce_sum
+from eaft_megatron.loss.message import Message
 
 
 class Merged(NamedTuple):
@@ -27,29 +28,43 @@ class Merged(NamedTuple):
     sum_exp_squared: Tensor | None
 
 
-def merge_packed(local: Tensor, k_local: int, k: int, group: dist.ProcessGroup | None) -> Merged:
-    """Merge ``[N, k_local + 2 (+ 1)]`` statistics with a single all-gather; bitwise equal on every rank."""
-    gathered = all_gather_rows(local, group)  # [tp, N, W]
-    topk = _largest_of_all(gathered[:, :, :k_local], k)
-    rescale = _rescale(gathered[:, :, 0], topk[:, 0])
-    squares = None
-    if gathered.shape[2] > k_local + 2:
-        squares = _sum_in_rank_order(gathered[:, :, k_local + 2] * rescale.square())
+def merge_packed(
+    local: Tensor, k_local: int, k: int, group: dist.ProcessGroup | None, *, dtype: torch.dtype | None = None
+) -> Merged:
+    """Merge ``[N, k_local + 2 (+ 1)]`` statistics with a single all-gather; bitwise equal on every rank.
+
+    ``dtype``: that of the logits, in which the logits among the statistics travel (they are exact in it, so every bit
+    of the result stays what it was); None for the statistics' own.
+    """
+    gathered = Message.of(local, k_local, dtype or local.dtype).gather(group)
+    values = gathered.values.to(local.dtype)  # [tp, N, k_local + 1]
+    topk = _largest_of_all(values[:, :, :k_local], k)
+    rescale = _rescale(values[:, :, 0], topk[:, 0])
+    squares = _sum_in_rank_order(gathered.sums[:, 1] * rescale.square()) if gathered.rows > 1 else None
     return Merged(
         topk=topk,
-        sum_exp=_sum_in_rank_order(gathered[:, :, k_local] * rescale),
-        target_logit=gathered[:, :, k_local + 1].amax(dim=0),
+        sum_exp=_sum_in_rank_order(gathered.sums[:, 0] * rescale),
+        target_logit=values[:, :, k_local].amax(dim=0),
         sum_exp_squared=squares,
     )
 
 
-def merge_split(local: Tensor, k_local: int, k: int, owned: Tensor, group: dist.ProcessGroup | None) -> Merged:
+def merge_split(
+    local: Tensor,
+    k_local: int,
+    k: int,
+    owned: Tensor,
+    group: dist.ProcessGroup | None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Merged:
     """Merge the same statistics with an all-gather of the top-K and one all-reduce of the sums.
 
     The weight of an entropy gate is bitwise equal on every rank, since it comes from the gathered values alone; the
     cross entropy is wherever the all-reduce is deterministic. ``owned``: ``[N]``, whether this rank holds the target.
+    ``dtype``: as in :func:`merge_packed`.
     """
-    topk = _largest_of_all(all_gather_rows(local[:, :k_local], group), k)
+    topk = merge_topk(local[:, :k_local], k, group, dtype=dtype)
     rescale = _rescale(local[:, 0], topk[:, 0])
     # The ranks that do not hold the target send 0, since their -inf would swallow the sum.
     sums = [local[:, k_local] * rescale, local[:, k_local + 1].masked_fill(~owned, 0)]
@@ -59,9 +74,14 @@ def merge_split(local: Tensor, k_local: int, k: int, owned: Tensor, group: dist.
     return Merged(topk, total[0], total[1], total[2] if len(sums) > 2 else None)
 
 
-def merge_topk(local: Tensor, k: int, group: dist.ProcessGroup | None) -> Tensor:
-    """``[N, k]`` largest logits of all ranks, descending, from each rank's ``[N, k_local]``: one all-gather."""
-    return _largest_of_all(all_gather_rows(local, group), k)
+def merge_topk(local: Tensor, k: int, group: dist.ProcessGroup | None, *, dtype: torch.dtype | None = None) -> Tensor:
+    """``[N, k]`` largest logits of all ranks, descending, from each rank's ``[N, k_local]``: one all-gather.
+
+    ``dtype``: as in :func:`merge_packed`.
+    """
+    narrow = local.to(dtype or local.dtype).contiguous()
+    gathered = all_gather_rows(narrow.view(torch.uint8), group)  # as bytes: not every backend knows every dtype
+    return _largest_of_all(gathered.view(narrow.dtype).to(local.dtype), k)
 
 
 def topk_entropy(topk: Tensor) -> Tensor:

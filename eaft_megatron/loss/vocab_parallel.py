@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import group_rank_and_size
-from eaft_megatron.loss.gates import EAFTGate, Gate, GateContext
+from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.merge import Merged, merge_packed, merge_split, merge_topk, topk_entropy
+from eaft_megatron.loss.plan import Plan, check_target, gate_context, make_plan, outside_vocabulary
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import Shard, local_statistics, local_topk, spans_of, write_gradient
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from eaft_megatron.loss.torch_impl import Spans, local_statistics, local_topk, spans_of, write_gradient
 
 
 def vocab_parallel_eaft_loss(
@@ -52,13 +51,15 @@ def vocab_parallel_eaft_loss(
         ignore_index: target value of tokens that do not count: loss 0, gradient 0, whatever their logits hold.
         inplace_backward: let the backward pass write the gradient over the logits' storage. The logits are then
             lost; a second backward through them raises.
-        impl: "auto" or "torch".
-        exchange: "packed" (one all-gather of K + 2 numbers a token) or "split" (all-gather of the local top-K, then
-            one all-reduce of [sum of exponentials, target logit]).
+        impl: "triton" for the GPU kernels, "torch" for plain torch, "auto" for the kernels wherever they can run (see
+            :func:`eaft_megatron.loss.implementation.choose_triton`). float64 logits are always plain torch's.
+        exchange: "packed" (one all-gather of K + 2 numbers a token, the logits among them in their own dtype) or
+            "split" (all-gather of the local top-K, then one all-reduce of [sum of exponentials, target logit]).
         validate: look for targets outside the vocabulary and raise. None: on the CPU only, for on a GPU looking
             stalls the stream; such a token's loss is then NaN.
         compact_ignored: leave the rows of ignored tokens out of every pass, so that they cost almost nothing. It has
-            to know their number, which on a GPU is one host sync. None: on the CPU only.
+            to know their number, which on a GPU is one host sync. None: on the CPU only. The kernels skip such rows
+            without knowing their number, and ignore this argument.
         return_stats: also return detached :class:`TokenStats`.
 
     Returns:
@@ -122,16 +123,16 @@ def vocab_parallel_token_loss(
     """
     if not isinstance(gate, Gate):
         raise ValueError(f"gate must be a Gate such as EAFTGate(), got {type(gate).__name__}")
-    plan = _plan(vocab_parallel_logits, group, topk, vocab_size, impl, exchange)
-    _check_target(vocab_parallel_logits, target, plan.vocab_size, ignore_index, validate)
+    plan = make_plan(vocab_parallel_logits, group, topk, vocab_size, impl, exchange)
+    check_target(vocab_parallel_logits, target, plan.vocab_size, ignore_index, validate)
     gate.check(plan.k)
     plan = dataclasses.replace(
         plan,
         ignore_index=ignore_index,
         inplace_backward=inplace_backward,
         want_entropy=return_stats,
-        compact=target.device.type == "cpu" if compact_ignored is None else compact_ignored,
-        context=_context(gate, target, side or {}, sequence_ids, reduce_group),
+        compact=not plan.triton and (target.device.type == "cpu" if compact_ignored is None else compact_ignored),
+        context=gate_context(gate, target, side or {}, sequence_ids, reduce_group),
     )
     columns = vocab_parallel_logits.shape[-1]
     rows = vocab_parallel_logits.reshape(-1, columns)
@@ -149,6 +150,7 @@ def vocab_parallel_topk_entropy(
     group: dist.ProcessGroup | None = None,
     topk: int = 20,
     vocab_size: int | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """Entropy, in nats, of the renormalised distribution over the K largest logits of the whole vocabulary.
 
@@ -161,105 +163,27 @@ def vocab_parallel_topk_entropy(
         group: tensor-parallel process group; None if the vocabulary is not sharded.
         topk: K; ``min(topk, vocab_size)`` is used.
         vocab_size: true vocabulary; None if no column is padding.
+        impl: as in :func:`vocab_parallel_eaft_loss`.
 
     Returns:
         ``[...]`` float32 (float64 for float64 logits), bitwise equal on every rank of ``group``.
 
     Raises:
-        ValueError: wrong dtype, topk < 1, or vocab_size beyond what the shards hold.
+        ValueError: wrong dtype, topk < 1, vocab_size beyond what the shards hold, or a bad impl.
     """
-    plan = _plan(vocab_parallel_logits, group, topk, vocab_size, "auto", "packed")
+    plan = make_plan(vocab_parallel_logits, group, topk, vocab_size, impl, "packed")
     rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
-    largest = merge_topk(local_topk(rows, plan.shard, plan.k_local), plan.k, group)
-    return topk_entropy(largest).reshape(vocab_parallel_logits.shape[:-1])
+    if plan.triton:
+        from eaft_megatron.loss import triton_impl
+
+        entropy = triton_impl.topk_entropy(rows, plan.shard, plan.k_local, plan.k, group)
+    else:
+        largest = merge_topk(local_topk(rows, plan.shard, plan.k_local), plan.k, group, dtype=rows.dtype)
+        entropy = topk_entropy(largest)
+    return entropy.reshape(vocab_parallel_logits.shape[:-1])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """The checked arguments, and what follows from them."""
-
-    group: dist.ProcessGroup | None
-    shard: Shard
-    vocab_size: int
-    k: int  # over the whole vocabulary
-    k_local: int  # what each rank contributes
-    exchange: str
-    ignore_index: int = -100
-    inplace_backward: bool = False
-    want_entropy: bool = False
-    compact: bool = False
-    context: GateContext = dataclasses.field(default_factory=GateContext)
-
-
-def _plan(logits: Tensor, group, topk: int, vocab_size: int | None, impl: str, exchange: str) -> _Plan:
-    if logits.dtype not in _DTYPES:
-        raise ValueError(f"logits must be bfloat16, float16, float32 or float64, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be [..., V_local] with V_local >= 1, got shape {tuple(logits.shape)}")
-    if topk < 1:
-        raise ValueError(f"topk (--eaft-topk) must be >= 1, got {topk}")
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl must be 'auto' or 'torch' (this release has no other), got {impl!r}")
-    if exchange not in ("packed", "split"):
-        raise ValueError(f"exchange must be 'packed' or 'split', got {exchange!r}")
-    rank, size = group_rank_and_size(group)
-    columns = logits.shape[-1]
-    if vocab_size is None:
-        vocab_size = columns * size
-    if not 1 <= vocab_size <= columns * size:
-        raise ValueError(
-            f"vocab_size (--true-vocab-size) must lie in [1, {columns * size}], what {size} shard(s) of {columns} "
-            f"columns hold, got {vocab_size}"
-        )
-    k = min(topk, vocab_size)
-    return _Plan(group, Shard.of(rank, columns, vocab_size), vocab_size, k, min(k, columns), exchange)
-
-
-def _check_target(logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, validate: bool | None) -> None:
-    if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {target.dtype}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"target must have the logits' shape without the last dimension: logits {tuple(logits.shape)}, "
-            f"target {tuple(target.shape)}"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"logits are on {logits.device}, target on {target.device}")
-    if validate or (validate is None and target.device.type == "cpu"):
-        outside = _outside(target, vocab_size, ignore_index)
-        if bool(outside.any()):
-            where = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"target[{', '.join(map(str, where))}] = {int(target[outside][0])} is outside the vocabulary of "
-                f"{vocab_size} (and is not ignore_index {ignore_index}); {int(outside.sum())} such target(s) of "
-                f"shape {tuple(target.shape)}"
-            )
-
-
-def _context(gate: Gate, target: Tensor, side: Mapping[str, Tensor], sequence_ids, reduce_group) -> GateContext:
-    """The gate's extra inputs, checked against the target's shape and flattened."""
-    columns = dict(side)
-    if sequence_ids is not None:
-        if sequence_ids.dtype != torch.int64:
-            raise ValueError(f"sequence_ids must be int64, got {sequence_ids.dtype}")
-        columns["sequence_ids"] = sequence_ids
-    elif gate.needs_sequence_ids:
-        raise ValueError(f"{type(gate).__name__} needs sequence_ids, an int64 tensor shaped like target")
-    for name in gate.needs_side:
-        if name not in columns:
-            raise ValueError(f"{type(gate).__name__} needs the side column {name!r}, a tensor shaped like target")
-    for name, column in columns.items():
-        if column.shape != target.shape:
-            raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, got {tuple(column.shape)}")
-    flat = {name: column.detach().reshape(-1) for name, column in columns.items()}
-    return GateContext(flat, flat.pop("sequence_ids", None), reduce_group)
-
-
-def _outside(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    return (target != ignore_index) & ((target < 0) | (target >= vocab_size))
-
-
-def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: _Plan, entropy: bool) -> TokenStats:
+def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: Plan, entropy: bool) -> TokenStats:
     """The whole vocabulary's numbers as the gate sees them: ``[N]``, zeros at ignored tokens.
 
     ``merged`` has a row for each token, or for those that ``keep`` names.
@@ -273,7 +197,7 @@ def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: _Pla
         return values.new_zeros(target.shape).index_copy_(0, keep, values)
 
     ce = (merged.topk[:, 0] - merged.target_logit) + merged.sum_exp.log()
-    ce = ce.masked_fill(_outside(looked_at, plan.vocab_size, plan.ignore_index), float("nan"))
+    ce = ce.masked_fill(outside_vocabulary(looked_at, plan.vocab_size, plan.ignore_index), float("nan"))
     squares = merged.sum_exp_squared
     return TokenStats(
         ce=spread(ce),
@@ -285,28 +209,83 @@ def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: _Pla
     )
 
 
+class _Seen(NamedTuple):
+    """What the forward pass found, and what the backward pass needs of it.
+
+    Attributes:
+        stats: for the gate, one entry per token.
+        maximum, sum_exp: ``[M]`` of the rows looked at, over the whole vocabulary; the second relative to the first.
+        spans, keep: which rows were looked at, as runs and as ``[M]`` indices; None for all.
+    """
+
+    stats: TokenStats
+    maximum: Tensor
+    sum_exp: Tensor
+    spans: Spans | None = None
+    keep: Tensor | None = None
+
+
+def _look_torch(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> _Seen:
+    """The forward pass in plain torch."""
+    spans = keep = None
+    if plan.compact:
+        valid = target != plan.ignore_index
+        spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
+    looked_at = target if keep is None else target[keep]
+    k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)  # the maximum is needed in any case
+    local = local_statistics(rows, looked_at, plan.shard, k_local, spans=spans, sum_squares=squares)
+    if plan.exchange == "packed":
+        merged = merge_packed(local, k_local, k, plan.group, dtype=rows.dtype)
+    else:
+        owned = plan.shard.local_index(looked_at)[1]
+        merged = merge_split(local, k_local, k, owned, plan.group, dtype=rows.dtype)
+    stats = _token_stats(merged, target, keep, plan, entropy)
+    return _Seen(stats, merged.topk[:, 0].clone(), merged.sum_exp, spans, keep)
+
+
+def _look_triton(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> _Seen:
+    """The forward pass by the kernels; with the split exchange they do the local part alone."""
+    from eaft_megatron.loss import triton_impl
+
+    k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)
+    ignored = plan.ignore_index
+    message = triton_impl.local_message(rows, target, plan.shard, k_local, ignore_index=ignored, sum_squares=squares)
+    if plan.exchange == "split":
+        owned = plan.shard.local_index(target)[1] & (target != ignored)
+        merged = merge_split(message.statistics(), k_local, k, owned, plan.group, dtype=rows.dtype)
+        return _Seen(_token_stats(merged, target, None, plan, entropy), merged.topk[:, 0].clone(), merged.sum_exp)
+    found = triton_impl.merge_message(
+        message,
+        target,
+        k_local=k_local,
+        k=k,
+        vocab_size=plan.vocab_size,
+        ignore_index=ignored,
+        entropy=entropy,
+        group=plan.group,
+    )
+    stats = TokenStats(
+        ce=found["ce"],
+        entropy=found.get("entropy"),
+        weight=None,
+        valid=target != ignored,
+        topk=plan.k,
+        sum_p_squared=found.get("sum_p_squared"),
+    )
+    return _Seen(stats, found["maximum"], found["sum_exp"])
+
+
 class _TokenLoss(torch.autograd.Function):
     """Forward: one read of the logits and the exchange. Backward: one read, one write, no communication."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, target: Tensor, gate: Gate, plan: _Plan):
-        spans = keep = None
-        if plan.compact:
-            valid = target != plan.ignore_index
-            spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
-        looked_at = target if keep is None else target[keep]
+    def forward(ctx, rows: Tensor, target: Tensor, gate: Gate, plan: Plan):
         entropy = plan.want_entropy or "entropy" in gate.needs
-        k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)  # the maximum is needed in any case
-        squares = "sum_p_squared" in gate.needs
-        local = local_statistics(rows, looked_at, plan.shard, k_local, spans=spans, sum_squares=squares)
-        if plan.exchange == "packed":
-            merged = merge_packed(local, k_local, k, plan.group)
-        else:
-            merged = merge_split(local, k_local, k, plan.shard.local_index(looked_at)[1], plan.group)
-        stats = _token_stats(merged, target, keep, plan, entropy)
+        look = _look_triton if plan.triton else _look_torch
+        stats, maximum, sum_exp, spans, keep = look(rows, target, plan, entropy, "sum_p_squared" in gate.needs)
         output = gate(stats, plan.context)
-        slope = output.slope if keep is None else output.slope[keep]
-        ctx.save_for_backward(rows, looked_at, keep, merged.topk[:, 0].clone(), merged.sum_exp, slope)
+        looked_at, slope = (target, output.slope) if keep is None else (target[keep], output.slope[keep])
+        ctx.save_for_backward(rows, looked_at, keep, maximum, sum_exp, slope)
         ctx.plan, ctx.spans = plan, spans
         extra = (stats.ce, stats.entropy, output.weight, stats.valid, stats.sum_p_squared)
         ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
@@ -319,9 +298,16 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor, *_):
         rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
         plan = ctx.plan
+        gradient = rows.detach() if plan.inplace_backward else torch.empty_like(rows)
+        if plan.triton:
+            from eaft_megatron.loss import triton_impl
+
+            triton_impl.write_gradient(
+                rows, target, maximum, sum_exp, slope, grad_loss, plan.shard, gradient, plan.ignore_index
+            )
+            return gradient, None, None, None
         # An ignored token's gradient is zero even where its upstream gradient is not a number.
         slope = slope * (grad_loss if keep is None else grad_loss[keep])
         slope = slope.masked_fill(target == plan.ignore_index, 0)
-        gradient = rows.detach() if plan.inplace_backward else torch.empty_like(rows)
         write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, gradient, spans=ctx.spans)
         return gradient, None, None, None
