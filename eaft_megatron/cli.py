@@ -11,6 +11,13 @@ from eaft_megatron._version import __version__
 VERBS = {  # verb: what it does; its module is eaft_megatron.commands.<verb>
     "info": "versions of this package and of what it works with, for a bug report",
     "convert": "Hugging Face folder <-> Megatron-LM checkpoint, for any TP x PP",
+    "prepare": "conversations into tokenized, masked and packed samples",
+    "inspect": "a prepared folder: its samples with the trained tokens coloured, and histograms",
+    "score": "a frozen model's log-probability and entropy of each token, beside the prepared data",
+    "landscape": "what the scores show: entropy against probability, conflicting tokens, as PNG, JSON and HTML",
+    "launch": "a recipe as a Slurm job, or as a run on this machine",
+    "check": "under srun or torchrun, before the real thing: nodes, network, disks, checkpoint, data, loss",
+    "report": "a run's curves as one picture and a short table",
     "gguf-to-hf": "a Llama GGUF file as a (dequantised) Hugging Face folder",
 }
 

@@ -41,18 +41,18 @@ def _violations(path: Path) -> list[str]:
 
     if place == "__init__.py":
         bad |= roots & (HOST | {"transformers", "datasets", "yaml"})
-        forbid("hooks", "models", "data", "training", "train", "testing", "analysis")
+        forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith("loss/"):
         bad |= roots - {"torch", "triton", OURS, *sys.stdlib_module_names}
-        forbid("hooks", "models", "data", "training", "train", "testing", "analysis")
+        forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith("loss/kernels/"):
         bad |= {name for name in imports if name.startswith("torch.distributed")}
     if place == "loss/reference.py":
         bad |= ours
     if place.startswith("hooks/"):
-        forbid("models", "data", "training", "train", "testing", "analysis")
+        forbid("models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith(("models/", "data/", "analysis/")):
-        forbid("hooks", "training", "train", "testing")
+        forbid("hooks", "training", "train", "testing", "launch")
     # The stand-ins are for tests and for the CPU path of the entrypoints, and this is where those enter them.
     if not place.startswith("testing/") and place not in ("training/setup.py", "run.py"):
         forbid("testing")

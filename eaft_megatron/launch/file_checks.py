@@ -1,0 +1,131 @@
+"""The checks that need no other process: does what the recipe names exist and belong together?
+
+Each takes the recipe and returns what to tell when all is well, or raises ``ValueError`` or ``OSError``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from eaft_megatron.launch.command import build_command, data_parallel_size, run_folder
+from eaft_megatron.launch.recipe import Recipe
+from eaft_megatron.models.hf_config import read_hf_config
+from eaft_megatron.models.megatron_config import check_pipeline, check_tensor_parallel, padded_vocab_size
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def check_command(recipe: Recipe) -> str:
+    """The recipe says what to run, and all it names is there."""
+    command = build_command(recipe)
+    if command.missing:
+        raise ValueError("; ".join(command.missing))
+    layout = recipe.parallel
+    model = f"tensor {layout.tensor} x pipeline {layout.pipeline} x context {layout.context}"
+    return f"{command.train_iters} steps; {model} x data {data_parallel_size(recipe)}"
+
+
+def hf_folder(recipe: Recipe) -> Path:
+    """Configuration and tokenizer of the model."""
+    return Path(recipe.model.hf) if recipe.entrypoint == "train" else Path(recipe.model.checkpoint) / "hf"
+
+
+def check_checkpoint(recipe: Recipe) -> str:
+    """The weights are whole, and model and vocabulary divide as the recipe wants."""
+    config = read_hf_config(hf_folder(recipe))
+    check_tensor_parallel(config, recipe.parallel.tensor)
+    if not any("pipeline-stage" in flag or "pipeline-model-parallel-layout" in flag for flag in recipe.flags):
+        check_pipeline(config, recipe.parallel.pipeline, None)
+    vocab = config["vocab_size"]
+    padded = padded_vocab_size(vocab, recipe.parallel.tensor)
+    if recipe.entrypoint == "train":
+        _whole_hf_folder(hf_folder(recipe))
+    else:
+        _whole_megatron_folder(Path(recipe.model.checkpoint), vocab)
+    return f"vocabulary {vocab}, padded to {padded} for tensor {recipe.parallel.tensor}; {_resumption(recipe)}"
+
+
+def check_data(recipe: Recipe) -> str:
+    """The data was prepared with this model's tokenizer, and to this length."""
+    if recipe.data.jsonl:
+        with open(recipe.data.jsonl, encoding="utf-8") as lines:
+            json.loads(lines.readline())
+        return f"{recipe.data.jsonl}: tokenized when training starts"
+    if not recipe.data.sft_data:
+        return "none named: the flags bring their own"
+    from transformers import AutoTokenizer
+
+    from eaft_megatron.data.prepared import PreparedData, training_folder
+
+    tokenizer = AutoTokenizer.from_pretrained(hf_folder(recipe))
+    vocab = read_hf_config(hf_folder(recipe))["vocab_size"]
+    sets = {"training": training_folder(recipe.data.sft_data)}
+    sets |= {name: training_folder(folder) for name, folder in recipe.data.eval.items()}
+    for name, folder in sets.items():
+        data = PreparedData(folder)
+        data.check_tokenizer(tokenizer)
+        if data.max_token_id >= vocab:
+            raise ValueError(
+                f"{name}: token id {data.max_token_id} in {folder}, but the vocabulary ends at {vocab - 1}"
+            )
+        packing = data.manifest["packing"]
+        if packing and packing["seq_length"] != recipe.data.seq_length:
+            raise ValueError(f"{name}: {folder} is packed to {packing['seq_length']}, not {recipe.data.seq_length}")
+    rows = ", ".join(f"{name} {len(PreparedData(folder))} rows" for name, folder in sets.items())
+    return f"{rows}; the tokenizer is the model's"
+
+
+def check_disk(recipe: Recipe) -> str:
+    """Room for at least one more checkpoint."""
+    folder = run_folder(recipe)
+    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    needed = 0
+    index = hf_folder(recipe) / "model.safetensors.index.json"
+    if index.is_file():
+        # bf16 weights are 2 of the 14 bytes a parameter that a checkpoint with optimizer state takes.
+        needed = 7 * json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0)
+    if free < needed:
+        raise ValueError(f"{folder}: {free / 1e9:.0f} GB free, but one checkpoint takes about {needed / 1e9:.0f} GB")
+    return f"{free / 1e9:.0f} GB free in {folder}"
+
+
+def _whole_hf_folder(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for name in files:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: download or copy it again")
+
+
+def _whole_megatron_folder(folder: Path, vocab: int) -> None:
+    record = json.loads((folder / "eaft_model.json").read_text(encoding="utf-8"))
+    if record["true_vocab_size"] != vocab:
+        raise ValueError(
+            f"{folder}: eaft_model.json says vocabulary {record['true_vocab_size']}, hf/config.json {vocab}"
+        )
+    name = _iteration_folder(folder)
+    if name is None or not (folder / name / ".metadata").is_file():
+        raise ValueError(f"{folder} holds no whole checkpoint: convert the model again")
+
+
+def _resumption(recipe: Recipe) -> str:
+    """What the run will start from; ``ValueError`` if its newest checkpoint is not whole."""
+    saved = run_folder(recipe) / "checkpoints"
+    name = _iteration_folder(saved)
+    if name is None:
+        return f"starts from {recipe.model.hf if recipe.entrypoint == 'train' else recipe.model.checkpoint}"
+    if not (saved / name / ".metadata").is_file():
+        raise ValueError(f"{saved / _TRACKER} names {name}, which is not there or not whole: name an older one in it")
+    return f"resumes from {saved / name}"
+
+
+def _iteration_folder(folder: Path) -> str | None:
+    tracker = folder / _TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    return f"iter_{int(text):07d}" if text.isdigit() else text

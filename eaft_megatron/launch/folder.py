@@ -1,0 +1,125 @@
+"""The run folder: all that is needed to know what ran, and to run it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import subprocess
+from pathlib import Path
+
+from eaft_megatron.launch.command import Command, run_folder
+from eaft_megatron.launch.recipe import Recipe, read_recipe, to_dict
+from eaft_megatron.launch.script import TEMPLATES, render, shell_line
+
+RECIPE = "recipe.yaml"
+SCRIPT = "sft.sbatch"
+
+
+def resolved(recipe: Recipe) -> Recipe:
+    """The same with every path absolute, and the Megatron-LM checkout written down."""
+
+    def whole(path: str | None) -> str | None:
+        return path and str(Path(path).absolute())
+
+    model = dataclasses.replace(recipe.model, checkpoint=whole(recipe.model.checkpoint), hf=whole(recipe.model.hf))
+    data = dataclasses.replace(
+        recipe.data,
+        sft_data=whole(recipe.data.sft_data),
+        jsonl=whole(recipe.data.jsonl),
+        eval={name: whole(folder) for name, folder in recipe.data.eval.items()},
+    )
+    megatron_lm = recipe.megatron_lm or os.environ.get("MEGATRON_LM_PATH")
+    if recipe.entrypoint == "train":
+        megatron_lm = None
+    return dataclasses.replace(
+        recipe, model=model, data=data, run_dir=whole(recipe.run_dir), megatron_lm=whole(megatron_lm)
+    )
+
+
+def write_run_folder(recipe: Recipe, command: Command) -> Path:
+    """Write recipe, script, command, versions and environment; returns the folder.
+
+    The folder of a run that was launched before is taken again if its recipe is the same, so that it goes on.
+
+    Raises:
+        ValueError: something the run needs is not there, or the folder belongs to another recipe.
+    """
+    import yaml
+
+    if command.missing:
+        raise ValueError("\n  ".join(["not launched; what is missing:", *command.missing]))
+    folder = run_folder(recipe)
+    if (folder / RECIPE).exists():
+        _refuse_another(read_recipe(folder / RECIPE), recipe, folder)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    files = {
+        RECIPE: yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True),
+        SCRIPT: render(recipe, command),
+        "local.sh": (TEMPLATES / "local.sh").read_text(encoding="utf-8"),
+        "command.txt": shell_line(command.argv) + "\n",
+        "versions.txt": "\n".join(_versions(recipe)) + "\n",
+        "environment.txt": "\n".join(_environment()) + "\n",
+    }
+    for name, text in files.items():
+        partial = folder / f".{name}.new"
+        partial.write_text(text, encoding="utf-8")
+        partial.chmod(0o755 if name in (SCRIPT, "local.sh") else 0o644)
+        os.replace(partial, folder / name)
+    return folder
+
+
+def _refuse_another(before: Recipe, now: Recipe, folder: Path) -> None:
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    for key in sorted(old.keys() | new.keys()):
+        # Where and how long a job runs may change from one launch to the next; what is trained may not.
+        if not key.startswith(("slurm.", "parallel.nodes", "python", "environment.")) and old.get(key) != new.get(key):
+            raise ValueError(
+                f"{folder} is the run of another recipe ({key} was {old.get(key)!r}, now {new.get(key)!r}): give this "
+                "one another name"
+            )
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _versions(recipe: Recipe) -> list[str]:
+    from eaft_megatron.commands.info import versions
+
+    lines = versions()
+    for name, path in (
+        ("eaft_megatron", Path(__file__).parents[2]),
+        ("Megatron-LM", recipe.megatron_lm),
+    ):
+        if path:
+            lines.append(f"{name} commit {_commit(Path(path))}")
+    return lines
+
+
+def _commit(path: Path) -> str:
+    """The commit of a checkout, and whether it was changed since."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(path), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
+    except FileNotFoundError:
+        return "unknown (no git here)"
+    if not commit or Path(top).resolve() != path.resolve():
+        return "unknown (not a checkout)"
+    return commit + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _environment() -> list[str]:
+    """name==version of everything installed where `launch` runs."""
+    found = {(item.metadata["Name"] or "?", item.version) for item in importlib.metadata.distributions()}
+    return [f"{name}=={version}" for name, version in sorted(found, key=lambda pair: pair[0].lower())]

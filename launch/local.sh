@@ -1,0 +1,1 @@
+../eaft_megatron/launch/templates/local.sh
