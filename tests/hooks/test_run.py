@@ -103,6 +103,52 @@ def test_a_loss_computed_elsewhere_ends_the_run():
     assert done.returncode != 0 and "the loss hook was not called in this forward pass" in done.stderr
 
 
+def _prepared(folder: Path, rows: int, seed: int) -> Path:
+    """A prepared folder of random rows for the tiny model, packed into 24 positions, with a column of scores."""
+    pytest.importorskip("datasets")
+    import numpy as np
+    import pyarrow as pa
+
+    from eaft_megatron.data.arrow import ShardWriter
+    from eaft_megatron.data.prepared import ROW_SCHEMA, PreparedData, write_column, write_manifest, write_packing
+
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(3, 20, rows)
+    ids = [generator.integers(0, 96, n).tolist() for n in lengths]
+    masks = [[i % 3 != 0 for i in range(n)] for n in lengths]
+    columns = [ids, masks, list(range(rows)), ["here"] * rows]
+    arrays = [pa.array(values, type=field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)]
+    with ShardWriter(folder / "rows", ROW_SCHEMA) as writer:
+        writer.write(pa.record_batch(arrays, schema=ROW_SCHEMA))
+    counts = dict.fromkeys(("truncated", "dropped_overlong", "dropped_nothing_to_train_on"), 0)
+    manifest = {"format_version": 1, "rows": rows, "max_token_id": 95, "longest_row": int(lengths.max())}
+    manifest |= {"counts": counts, "files": writer.files, "packing": write_packing(folder, lengths, 24, 1)}
+    write_manifest(folder, manifest)
+    data = PreparedData(folder)
+    write_column(data, "ref_logprob", (-generator.exponential(size=n) for n in data.lengths), {})
+    return folder
+
+
+def test_prepared_data_takes_the_place_of_the_scripts(tmp_path):
+    """--sft-data at TP 2, with scores carried beside get_batch, is --sft-data on one process; sets go by their names.
+
+    A set that does not fill its last batch gives the same loss packed and one row a sample.
+    """
+    train, held = _prepared(tmp_path / "train", 40, seed=1), _prepared(tmp_path / "held", 11, seed=2)
+    flags = ["--loss-type", "sft-kl", "--calculate-per-token-loss", "--sft-data", str(train), "--eval-iters", "50"]
+    flags += ["--sft-eval-data", f"held={held}", "--sft-eval-data", f"same={train}"]
+    one, two = start(*flags), start(*flags, "--tensor-model-parallel-size", "2", processes=2)
+    assert lines(two) and "packed, kept apart by an attention mask" in two.stdout
+    for expected, actual in zip(lines(one), lines(two), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
+    names = re.findall(r"validation loss at the end \((\w+)\)", one.stdout)
+    assert names == ["held", "same"]
+    rows = start(*flags, "--sft-packing", "none", "--train-iters", "0")
+    packed = start(*flags, "--train-iters", "0")
+    for expected, actual in zip(lines(rows), lines(packed), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_wrong_flag_is_one_line(tmp_path):
     """No traceback where the message says it all, and the rank in front."""
     done = start("--loss-type", "eaft", "--use-legacy-models")

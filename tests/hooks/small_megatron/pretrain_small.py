@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from megatron.core import parallel_state
 from megatron.training import get_args, pretrain
+from megatron.training.utils import get_batch_on_this_tp_rank
 
 from eaft_megatron.testing.tiny_gpt import build_tiny_gpt, tiny_config, with_optimizer
 
@@ -24,13 +25,14 @@ def loss_func(loss_mask, output_tensor):
 
 
 def forward_step(data_iterator, model):
-    batch = next(data_iterator)
+    prepared = getattr(get_args(), "sft_data", None)
+    batch = get_batch_on_this_tp_rank(data_iterator) if prepared else next(data_iterator)
     given = dict(labels=batch["labels"], loss_mask=batch["loss_mask"])
     if get_args().without_model_loss:
         logits = model(batch["tokens"], batch["position_ids"], None)
         output = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
     else:
-        output = model(batch["tokens"], batch["position_ids"], None, **given)
+        output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), **given)
     return output, partial(loss_func, batch["loss_mask"])
 
 
@@ -52,4 +54,4 @@ if __name__ == "__main__":
         from megatron.training.arguments import parse_and_validate_args
 
         parse_and_validate_args()
-    pretrain(None, model_provider, None, forward_step)
+    pretrain(lambda samples: (None, None, None), model_provider, None, forward_step)

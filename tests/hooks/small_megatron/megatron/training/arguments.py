@@ -26,6 +26,15 @@ def add_megatron_arguments(parser):
     parser.add_argument("--perform-rl-step", action="store_true")
     parser.add_argument("--multiple-validation-sets", action="store_true")
     parser.add_argument("--yaml-cfg")
+    for flag, default in (("seq-length", 24), ("micro-batch-size", 1), ("global-batch-size", 8), ("seed", 7)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    for flag, default in (("context-parallel-size", 1), ("pipeline-model-parallel-size", 1), ("eval-iters", 1)):
+        parser.add_argument(f"--{flag}", type=int, default=default)
+    parser.add_argument("--dataloader-type", default="single")
+    parser.add_argument("--transformer-impl", default="local")
+    parser.add_argument(
+        "--no-create-attention-mask-in-dataloader", action="store_false", dest="create_attention_mask_in_dataloader"
+    )
     parser.add_argument("--load")
     parser.add_argument("--save")
     parser.add_argument(

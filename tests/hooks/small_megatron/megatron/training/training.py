@@ -32,16 +32,27 @@ def print_rank_last(message):
 def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func, args_defaults={}):  # noqa: B006
     initialize_megatron(args_defaults=args_defaults)
     model, optimizer = model_provider()
-    for iteration in range(get_args().train_iters):
-        report = train_step(forward_step_func, iter(micro_batches(global_batch(iteration))), model, optimizer)
+    steps = get_args().train_iters
+    dataset = train_valid_test_dataset_provider([steps * get_args().global_batch_size, 0, 0])[0]
+    from_tiny_gpt = not getattr(get_args(), "sft_data", None)
+    loader = None if dataset is None else iter(build_pretraining_data_loader(dataset, 0))
+    for iteration in range(steps):
+        batches = iter(micro_batches(global_batch(iteration))) if from_tiny_gpt else loader
+        report = train_step(forward_step_func, batches, model, optimizer)
         line = " | ".join(f"{name}: {value:.6E}" for name, value in report.items())
         print_rank_last(f" iteration {iteration + 1:8d}/{get_args().train_iters:8d} | {line} |")
     for module in model:
         module.eval()
     sets = [iter(micro_batches(global_batch(100 + number))) for number in range(2)]
     if not get_args().multiple_validation_sets:
-        (sets := sets[:1])
+        sets = sets[0]
     evaluate_and_print_results("the end", forward_step_func, sets, model, get_args().train_iters)
+
+
+def build_pretraining_data_loader(dataset, consumed_samples):
+    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    own = torch.utils.data.Subset(dataset, range(consumed_samples + rank, len(dataset), size))
+    return torch.utils.data.DataLoader(own, batch_size=get_args().micro_batch_size)
 
 
 def train_step(forward_step_func, data_iterator, model, optimizer):
@@ -55,14 +66,18 @@ def train_step(forward_step_func, data_iterator, model, optimizer):
 
 
 def evaluate(forward_step_func, data_iterator, model):
+    reports = []
     with torch.no_grad():
-        return _mean(_run(forward_step_func, data_iterator, model, forward_only=True)), None, False
+        for _ in range(get_args().eval_iters):
+            reports += _run(forward_step_func, data_iterator, model, forward_only=True)
+    return _mean(reports), None, False
 
 
-def evaluate_and_print_results(prefix, forward_step_func, data_iterators, model, iteration, write_to_tensorboard=True):
-    for index, data_iterator in enumerate(data_iterators):
-        suffix = f"-{index}" if get_args().multiple_validation_sets else ""
-        losses, _, _ = evaluate(forward_step_func, data_iterator, model)
+def evaluate_and_print_results(prefix, forward_step_func, data_iterator, model, iteration, write_to_tensorboard=True):
+    several = get_args().multiple_validation_sets
+    for index, iterator in enumerate(data_iterator if several else [data_iterator]):
+        suffix = f"-{index}" if several else ""
+        losses, _, _ = evaluate(forward_step_func, iterator, model)
         line = " | ".join(
             f"{name} value: {v:.6E} | {name} PPL: {math.exp(min(20, v)):.6E}" for name, v in losses.items()
         )
