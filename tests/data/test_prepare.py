@@ -71,8 +71,8 @@ def test_datasets_opens_the_shards(tmp_path, tokenizer_dir):
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path, tokenizer_dir):
-    """Two processes write the same bytes as one, over more rows than a batch holds."""
-    source = write(tmp_path / "a.jsonl", chats(300))
+    """Two processes write the same bytes as one, over more batches than are in flight at a time."""
+    source = write(tmp_path / "a.jsonl", chats(1000))
     for workers in (1, 2):
         prepare([source], tokenizer_dir, tmp_path / f"out{workers}", PrepareOptions(512), num_workers=workers)
     one, two = tmp_path / "out1", tmp_path / "out2"
