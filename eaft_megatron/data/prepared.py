@@ -110,7 +110,8 @@ class PreparedData:
         """The per-token columns beside the rows: name -> what its own record says."""
         records = {}
         for record in sorted(self.path.glob(f"columns/*/{MANIFEST}")):
-            records[record.parent.name] = json.loads(record.read_text(encoding="utf-8"))
+            if not record.parent.name.startswith("."):  # one that was being written
+                records[record.parent.name] = json.loads(record.read_text(encoding="utf-8"))
         return records
 
     def column(self, name: str, index: int) -> np.ndarray:

@@ -1,0 +1,125 @@
+"""The landscape as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eaft_megatron.analysis.conflicts import token_texts
+from eaft_megatron.analysis.landscape import QUADRANTS
+from eaft_megatron.analysis.page import PAGE
+from eaft_megatron.analysis.statistics import LOGPROB, TOPK_ENTROPY
+from eaft_megatron.data.prepared import PreparedData
+
+_LONGEST = 2048  # tokens shown of a row
+
+
+def page_sample(data: PreparedData, tokenizer: Any, row: int, limits: dict[str, float]) -> dict[str, Any]:
+    """One row for the page: ``texts``, ``p``, ``h`` (nats) and ``trained`` of each token, and how many conflict.
+
+    The first token has neither p nor h (null).
+    """
+    found = data[row]
+    ids, trained = found.input_ids[:_LONGEST], found.labels_mask[:_LONGEST]
+    logprob, entropy = (data.column(name, row)[: len(ids)].astype(np.float64) for name in (LOGPROB, TOPK_ENTROPY))
+    probability = np.exp(logprob)
+    conflict = (entropy < limits["entropy"]) & (probability < limits["probability"]) & trained
+    return {
+        "row": row,
+        "source": os.path.basename(found.source),
+        "tokens": int(data.lengths[row]),
+        "conflicts": int(conflict[1:].sum()),
+        "texts": token_texts(tokenizer, ids.tolist()),
+        "p": [None, *(float(f"{value:.5g}") for value in probability[1:])],
+        "h": [None, *(float(f"{value:.5g}") for value in entropy[1:])],
+        "trained": [int(flag) for flag in trained],
+    }
+
+
+def write_page(path: str | os.PathLike, summary: dict[str, Any], samples: list[dict[str, Any]], pictures: list) -> None:
+    """Write the page.
+
+    Args:
+        path: of the HTML file.
+        summary: :func:`~eaft_megatron.analysis.landscape.summarize` with "data", "model", "conflict_tokens" and
+            "examples".
+        samples: of :func:`page_sample`.
+        pictures: PNG files, which become part of the page.
+    """
+    names = ("topk", "percentile", "thresholds")
+    content = {**{name: summary[name] for name in names}, "samples": samples}
+    # "</script>" or "<!--" in a sample would end the element.
+    packed = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    encoded = [base64.b64encode(Path(picture).read_bytes()).decode() for picture in pictures]
+    parts = {
+        "TITLE": html.escape(f"Landscape of {os.path.basename(str(summary['data']))}"),
+        "FACTS": _facts(summary),
+        "PICTURES": "".join(f'<img alt="" src="data:image/png;base64,{picture}">' for picture in encoded),
+        "TABLES": _tables(summary),
+        "CONTENT": packed,
+    }
+    page = re.sub(rf"@({'|'.join(parts)})@", lambda found: parts[found[1]], PAGE)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _facts(summary: dict[str, Any]) -> str:
+    limits, conflict = summary["thresholds"], summary["quadrants"]["conflict"]
+    return (
+        f"<p>{summary['tokens']:,} tokens of <b>{html.escape(str(summary['data']))}</b>, scored by "
+        f"<b>{html.escape(str(summary['model']))}</b>. Confident conflicts, with entropy below "
+        f"{limits['entropy']:.4g} nats and probability below {limits['probability']:.4g} (the "
+        f"{summary['percentile']:g}th percentiles), are <b>{conflict['share']:.2%}</b> of the tokens and "
+        f"<b>{conflict['loss_share'] or 0:.2%}</b> of the loss.</p>"
+    )
+
+
+def _tables(summary: dict[str, Any]) -> str:
+    quadrants = [
+        [text, found["tokens"], found["share"], found["loss_share"], found["mean_probability"], found["mean_entropy"]]
+        for text, found in zip(QUADRANTS.values(), summary["quadrants"].values(), strict=True)
+    ]
+    gates = [
+        [name, found["mean_weight"], found["loss_kept"], *found["kept"].values()]
+        for name, found in summary["gates"].items()
+    ]
+    fidelity = [[topk, found["pearson"], found["spearman"]] for topk, found in summary["fidelity"].items()]
+    keys = ("conflicts", "occurrences", "mean_probability", "mean_entropy")
+    tokens = [[repr(found["text"]), *(found[key] for key in keys)] for found in summary["conflict_tokens"]]
+    examples = [
+        [found["row"], f"…{found['before'][-160:]}", found["token"], found["after"][:60], found["probability"],
+         found["entropy"]]
+        for found in summary["examples"]
+    ]  # fmt: skip
+    kept = [f"kept: {name.replace('_', ' ')}" for name in QUADRANTS]
+    return "".join(
+        [
+            _table("Quadrants", ["", "tokens", "share", "share of loss", "mean p", "mean H"], quadrants),
+            _table("What each gate leaves of the loss", ["gate", "mean w", "loss kept", *kept], gates),
+            _table("Top-K against full entropy", ["K", "Pearson", "Spearman"], fidelity),
+            _table("Tokens that conflict most often", ["token", "conflicts", "of", "mean p", "mean H"], tokens),
+            _table("The heaviest conflicts", ["row", "before", "token", "after", "p", "H"], examples),
+        ]
+    )
+
+
+def _table(title: str, head: list[str], rows: list[list[Any]]) -> str:
+    if not rows:
+        return ""
+    cells = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    lines = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
+    return f"<details><summary>{html.escape(title)}</summary><table><tr>{cells}</tr>{lines}</table></details>"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else html.escape(value)

@@ -1,0 +1,67 @@
+"""``eaft-megatron landscape``: the pictures, the numbers and the page of a scored folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from eaft_megatron.analysis.conflicts import conflict_examples, conflict_table, sample_rows
+from eaft_megatron.analysis.html import page_sample, write_page
+from eaft_megatron.analysis.landscape import quadrant_of, summarize
+from eaft_megatron.analysis.plots import draw_gates, draw_plane
+from eaft_megatron.analysis.tokens import read_tokens
+from eaft_megatron.data.prepared import PreparedData
+
+PLANE, GATES, SUMMARY, PAGE = "landscape.png", "gates.png", "summary.json", "index.html"
+
+
+def write_landscape(
+    data: PreparedData,
+    tokenizer: Any,
+    output: str | os.PathLike,
+    *,
+    which: str = "trained",
+    percentile: float = 15.0,
+    samples: int = 60,
+    top: int = 50,
+    max_tokens: int = 20_000_000,
+) -> dict[str, Any]:
+    """Write ``landscape.png``, ``gates.png``, ``summary.json`` and ``index.html``; returns what the JSON holds.
+
+    Args:
+        tokenizer: the one the data was prepared with.
+        output: a folder; made if need be.
+        which: "trained" tokens, or "all".
+        percentile: of entropy and of probability, where the corner of the conflicts ends.
+        samples: rows on the page.
+        top: lines of the tables of conflicts.
+        max_tokens: beyond about so many, every n-th row alone is looked at.
+
+    Raises:
+        ValueError: no scores, another tokenizer, a bad percentile.
+    """
+    data.check_tokenizer(tokenizer)
+    tokens = read_tokens(data, which=which, max_tokens=max_tokens)
+    summary = {
+        "data": data.path.name,
+        "model": os.path.basename(os.path.normpath(tokens.record["model"]["name"])),
+        "model_record": {key: value for key, value in tokens.record["model"].items() if key != "name"},
+        "dtype": tokens.record["dtype"],
+        "which": which,
+        **summarize(tokens, percentile),
+    }
+    conflict = quadrant_of(tokens, summary["thresholds"]) == 0
+    summary["conflict_tokens"] = conflict_table(tokens, conflict, tokenizer, top)
+    summary["examples"] = conflict_examples(data, tokens, conflict, tokenizer, top)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    draw_plane(tokens, summary, output / PLANE)
+    draw_gates(summary, output / GATES)
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
+    (output / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    rows = sample_rows(tokens, conflict, samples)
+    shown = [page_sample(data, tokenizer, row, summary["thresholds"]) for row in rows]
+    write_page(output / PAGE, summary, shown, [output / PLANE, output / GATES])
+    return summary
