@@ -98,7 +98,7 @@ def test_incomplete_runs_are_clear_errors(report, tmp_path, capsys, rows, messag
 
 
 def test_demo_runs_every_step_in_order(demo, tmp_path, monkeypatch, capsys):
-    """Prepare, EAFT, SFT, report; flags after -- reach the training; old runs are replaced."""
+    """Fetch, tokenize each set, EAFT, SFT, report; flags after -- reach the training; old runs are replaced."""
     commands = []
 
     def run(command, env, **_):
@@ -113,8 +113,12 @@ def test_demo_runs_every_step_in_order(demo, tmp_path, monkeypatch, capsys):
     (tmp_path / "eaft").mkdir()
     assert demo.main(arguments) == 0
     assert not (tmp_path / "eaft").exists()
-    prepare, eaft, sft, table = commands[:4]
-    assert prepare[1].endswith("prepare_data.py")
+    fetch, *tokenize, eaft, sft, table = commands[:7]
+    assert fetch[1].endswith("prepare_data.py")
+    for command, name in zip(tokenize, ("bfcl_train", "bfcl_heldout", "general"), strict=True):
+        assert command[command.index("--input") + 1] == str(tmp_path / f"{name}.jsonl")
+        assert command[command.index("--output") + 1] == str(tmp_path / name)
+    assert eaft[eaft.index("--sft-data") + 1] == str(tmp_path / "bfcl_train")
     assert table[1].endswith("report.py")
     assert eaft[eaft.index("--loss-type") + 1] == "eaft"
     assert sft[sft.index("--loss-type") + 1] == "sft"
