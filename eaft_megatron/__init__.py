@@ -16,6 +16,7 @@ from eaft_megatron.loss.gates import (
     ThresholdGate,
     flow_sample_weights,
 )
+from eaft_megatron.loss.linear import vocab_parallel_linear_eaft_loss, vocab_parallel_linear_token_loss
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.vocab_parallel import (
     vocab_parallel_eaft_loss,
@@ -40,6 +41,8 @@ __all__ = [
     "__version__",
     "flow_sample_weights",
     "vocab_parallel_eaft_loss",
+    "vocab_parallel_linear_eaft_loss",
+    "vocab_parallel_linear_token_loss",
     "vocab_parallel_token_loss",
     "vocab_parallel_topk_entropy",
 ]

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="JSONL, JSON or Parquet files, folders or globs of them, or a dataset of the Hugging Face hub",
     )
-    data.add_argument("--dataset-split", metavar="NAME", help="split of a `datasets` source (default: train)")
+    data.add_argument("--dataset-split", metavar="NAME", help="split of a `datasets` source with several")
     data.add_argument("--dataset-config", metavar="NAME", help="configuration of a `datasets` source")
     data.add_argument("--tokenizer", metavar="NAME_OR_DIR", help="the model's own: its chat template is what renders")
     data.add_argument("--output", metavar="DIR", help="the folder to make")

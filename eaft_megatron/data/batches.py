@@ -1,8 +1,10 @@
 """Which samples make up an iteration, and samples as a batch. No state: the order follows from the arguments alone."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -11,6 +13,11 @@ def epoch_order(n_samples: int, seed: int, epoch: int) -> torch.Tensor:
     digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # the CPU generator keeps 32 bits
     return torch.randperm(n_samples, generator=generator)
+
+
+@functools.lru_cache(maxsize=4)
+def _order(n_samples: int, seed: int, epoch: int) -> np.ndarray:
+    return epoch_order(n_samples, seed, epoch).numpy()
 
 
 def micro_batch_indices(
@@ -48,10 +55,13 @@ def micro_batch_indices(
         )
     first_epoch = consumed_samples // n_samples
     last_epoch = (consumed_samples + global_batch_size - 1) // n_samples
-    orders = {epoch: epoch_order(n_samples, seed, epoch).tolist() for epoch in range(first_epoch, last_epoch + 1)}
+    orders = {epoch: _order(n_samples, seed, epoch) for epoch in range(first_epoch, last_epoch + 1)}
     starts = range(consumed_samples + dp_rank * micro_batch_size, consumed_samples + global_batch_size, stretch)
     return [
-        [orders[position // n_samples][position % n_samples] for position in range(start, start + micro_batch_size)]
+        [
+            int(orders[position // n_samples][position % n_samples])
+            for position in range(start, start + micro_batch_size)
+        ]
         for start in starts
     ]
 

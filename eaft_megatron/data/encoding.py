@@ -7,8 +7,12 @@ import dataclasses
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import numpy as np
 
 from eaft_megatron.data.chat import EncodedSample, encode_row
 from eaft_megatron.data.layouts import canonical_row
@@ -25,8 +29,8 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises no narrower one for a file it cannot read
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--tokenizer {name}: cannot be loaded by transformers.AutoTokenizer: {reason}") from error
 
 
@@ -47,7 +51,7 @@ class _Batch:
 class EncodedBatch:
     """What became of some input rows."""
 
-    samples: list[tuple[int, str, EncodedSample]]  # number of the input row within the batch, where it stood, tokens
+    samples: list[tuple[int, str, np.ndarray, np.ndarray]]  # number within the batch, where it stood, ids, mask
     rows: int  # input rows, blank lines left out
     split: int  # rows that became a sample for each turn
     unended: int  # conversations whose last answer ends with no special token
@@ -64,15 +68,17 @@ def _encode_batch(tokenizer: Any, options: PrepareOptions, batch: _Batch) -> Enc
             row = parse(raw, where)
             if row is None:
                 continue
-            encoded = _encode(tokenizer, options, row, where)
+            encoded, is_chat = _encode(tokenizer, options, row, where)
         except ValueError as error:
             if options.on_error == "stop":
                 raise ValueError(f"{error} (--on-error skip leaves such rows out and counts them)") from error
             errors.append(str(error))
         else:
             split += encoded.split
-            unended += "text" not in row and not _ends(encoded.samples[-1], special)
-            samples += [(rows, where, sample) for sample in encoded.samples]
+            unended += is_chat and not _ends(encoded.samples[-1], special)
+            for sample in encoded.samples:  # as arrays: the parent process has all of them to write
+                ids, mask = np.asarray(sample.input_ids, np.int32), np.asarray(sample.labels_mask, bool)
+                samples.append((rows, where, ids, mask))
         rows += 1
     return EncodedBatch(samples, rows, split, unended, errors, batch.source, batch.size)
 
@@ -83,13 +89,15 @@ def _encode(tokenizer: Any, options: PrepareOptions, row: dict, where: str):
         encoded = encode_row(tokenizer, canonical, train_on=options.train_on, end_token=options.end_token)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # values of types that no layout has
+        raise ValueError(f"{where}: not a row we understand ({type(error).__name__}: {error})") from error
     longest = max((len(sample.input_ids) for sample in encoded.samples), default=0)
     if options.overlong == "error" and longest > options.seq_length + 1:
         raise ValueError(
             f"{where}: {longest} tokens, and --seq-length {options.seq_length} holds {options.seq_length + 1}: make it "
             "longer, or give --overlong truncate or drop"
         )
-    return encoded
+    return encoded, "messages" in canonical
 
 
 def _ends(sample: EncodedSample, special: set[int]) -> bool:
@@ -110,8 +118,9 @@ def encode_all(
             results: Iterable[EncodedBatch] = (_encode_batch(tokenizer, options, batch) for batch in batches)
         else:
             # Not fork: this process may hold threads of torch and of the tokenizer.
-            pool = multiprocessing.get_context("spawn").Pool(num_workers, _start_worker, (tokenizer_name, options))
-            stack.callback(pool.terminate)
+            spawn = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_name, options))
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             results = _in_order(pool, batches, num_workers * _IN_FLIGHT)
         for encoded in results:
             yield encoded
@@ -119,14 +128,17 @@ def encode_all(
 
 
 def _in_order(pool, batches: Iterable[_Batch], in_flight: int) -> Iterator[EncodedBatch]:
-    """As ``pool.imap``, which would read the whole input ahead."""
+    """As ``pool.map``, which would read the whole input ahead."""
     pending: collections.deque = collections.deque()
-    for batch in batches:
-        pending.append(pool.apply_async(_work, (batch,)))
-        if len(pending) >= in_flight:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+    try:
+        for batch in batches:
+            pending.append(pool.submit(_work, batch))
+            if len(pending) >= in_flight:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError("a worker process was killed, perhaps for want of memory: give fewer --num-workers") from error
 
 
 _worker: tuple[Any, PrepareOptions] | None = None  # set in worker processes alone

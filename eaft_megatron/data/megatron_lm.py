@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from eaft_megatron.data.batches import epoch_order
-from eaft_megatron.data.prepared import PreparedData, evaluation_folders, training_folder
+from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_folders, training_folder
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
 
 
@@ -84,17 +85,20 @@ class MegatronData:
         return lines
 
     def fingerprint(self) -> str:
-        """SHA-256 of the training data's manifest: a resumed job must find the same."""
-        return hashlib.sha256((self.train.path / "manifest.json").read_bytes()).hexdigest()
+        """SHA-256 of what decides the order of the samples and their content: a resumed job must find the same."""
+        content = [content_of(self.train.data.manifest), self.layout.packed, self.args.seed]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def training_dataset(self, samples: int) -> torch.utils.data.Dataset:
         """``samples`` samples, epoch after epoch, each epoch in an order of its own that follows from ``--seed``."""
-        return Samples(self, self.train, samples, seed=self.args.seed, side=True)
+        self.train.compute_columns()
+        # One batch more than is asked for: a job that is started again when it is done must find a sample to wait for.
+        return Samples(self, self.train, samples + self.args.global_batch_size, seed=self.args.seed, side=True)
 
     def evaluation_dataset(self, name: str, batch_size: int) -> torch.utils.data.Dataset:
         """A set from its first sample on, filled up to whole batches with samples whose loss mask is 0."""
         dataset = self.evaluation[name]
-        return Samples(self, dataset, -(-len(dataset) // batch_size) * batch_size, seed=None, side=False)
+        return Samples(self, dataset, -(-len(dataset) // batch_size) * batch_size, seed=None, side=True)
 
     def form(self, dataset: PreparedDataset, index: int, side: bool) -> dict[str, torch.Tensor]:
         """Sample ``index`` as Megatron's get_batch takes it: ``[s]`` each, and what keeps rows apart."""
@@ -161,8 +165,9 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
     """What ``--sft-packing`` and Megatron's own flags amount to.
 
     Attention must never look from one row of a pack into another. Transformer Engine's causal attention ignores an
-    attention mask, so there only THD batches keep rows apart: those that Megatron-LM 0.16 and later make under
-    ``--sft``. megatron-core's local attention is the reverse: it takes a mask, and refuses THD.
+    attention mask, so there only THD batches keep rows apart: those that Megatron-LM makes under ``--sft``, from 0.17
+    on (0.16 hands their boundaries on in a shape that attention cannot read). megatron-core's local attention is the
+    reverse: it takes a mask, and refuses THD.
 
     Raises:
         ValueError: flags under which rows would not be kept apart, or that this release cannot do.
@@ -170,7 +175,7 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
     choice, sft, local = args.sft_packing, getattr(args, "sft", False), args.transformer_impl == "local"
     if choice == "auto":
         choice = "thd" if sft else "none" if not has_packing else "mask" if local else "thd"
-    if sft and choice != "thd" and not (choice == "none" and not local and version >= (0, 16)):
+    if sft and choice != "thd" and not (choice == "none" and not local and version >= (0, 17)):
         raise ValueError(f"--sft-packing {choice} does not go with --sft: leave --sft out")
     if choice == "thd" or sft:
         _check_thd(args, sft, local, version)
@@ -190,6 +195,8 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
 def _refuse_what_is_not_ours(args: argparse.Namespace) -> None:
     if args.dataloader_type != "single":
         raise ValueError(f"--dataloader-type {args.dataloader_type}: --sft-data shuffles itself; leave it out")
+    if getattr(args, "eval_micro_batch_size", None) not in (None, args.micro_batch_size):
+        raise ValueError("--eval-micro-batch-size does not go with --sft-data: leave it out")
     for name, text in (
         ("full_validation", "each set is evaluated whole, or for --eval-iters batches if that is less"),
         ("multiple_validation_sets", "each --sft-eval-data set is evaluated under its name as it is"),
@@ -202,8 +209,8 @@ def _refuse_what_is_not_ours(args: argparse.Namespace) -> None:
 
 def _check_thd(args: argparse.Namespace, sft: bool, local: bool, version: tuple[int, int]) -> None:
     ways_out = "give --sft-packing none (one row a sample)"
-    if version < (0, 16):
-        raise ValueError(f"packed data needs --sft of Megatron-LM 0.16 or later with Transformer Engine; or {ways_out}")
+    if version < (0, 17):
+        raise ValueError(f"packed data needs --sft of Megatron-LM 0.17 or later with Transformer Engine; or {ways_out}")
     if local:
         raise ValueError("--sft makes THD batches, which --transformer-impl local refuses: leave --sft out")
     if not sft:
@@ -215,10 +222,10 @@ def _check_thd(args: argparse.Namespace, sft: bool, local: bool, version: tuple[
         raise ValueError("--sft with --sft-data: give --no-create-attention-mask-in-dataloader too")
     if args.micro_batch_size != 1 and version < (0, 19):
         raise ValueError(f"--sft packs within one sample: --micro-batch-size must be 1, not {args.micro_batch_size}")
-    if version < (0, 18) and args.pipeline_model_parallel_size > 2:
+    if version < (0, 18) and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} with --sft: Megatron-LM before 0.18 "
-            "does not tell the stages in the middle where the rows of a pack end; use 2 at most, or a later release"
+            f"does not tell every rank where the rows of a pack end; use a later release, or {ways_out}"
         )
     if version < (0, 18) and args.context_parallel_size > 1:
         raise ValueError(

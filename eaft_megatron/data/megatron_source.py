@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,6 +64,7 @@ class MegatronSource:
 class _Provider:
     def __init__(self, original: Callable, source: MegatronSource) -> None:
         self._original, self._source = original, source
+        self.__signature__ = inspect.signature(original)  # Megatron-LM looks for vp_stage in it (0.15 on)
 
     @property
     def is_distributed(self) -> bool:

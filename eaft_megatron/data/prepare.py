@@ -7,10 +7,11 @@ at any time, and writes what comes back, in the order of the input. The result d
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ import numpy as np
 from eaft_megatron._version import __version__
 from eaft_megatron.data.arrow import ShardWriter
 from eaft_megatron.data.encoding import encode_all, load_tokenizer
-from eaft_megatron.data.prepare_options import PrepareOptions
+from eaft_megatron.data.prepare_options import SPLITS, PrepareOptions
 from eaft_megatron.data.prepared import (
     FORMAT_VERSION,
+    MANIFEST,
     ROW_SCHEMA,
     PreparedData,
     read_manifest,
+    replace_folder,
     template_hash,
     tokenizer_hash,
     write_manifest,
@@ -50,7 +53,7 @@ def prepare(
     """Prepare ``inputs`` into the folder ``output``.
 
     Idempotent: where the folder holds just this already, nothing is done. Interrupted at any moment it leaves
-    ``output`` as it was, and a folder ``output.incomplete`` that the next run removes.
+    ``output`` as it was, and a folder ``output.incomplete`` that the next run removes. Of two at once, one is refused.
 
     Args:
         inputs: files (JSONL, JSON, Parquet), folders or globs of them, or names for ``datasets.load_dataset``.
@@ -69,7 +72,7 @@ def prepare(
         ValueError: a bad row (file and line in the message), a tokenizer that cannot do it, nothing left to train on,
             or an output folder that holds something else.
     """
-    output = Path(output)
+    output = _checked_output(Path(output), overwrite)
     tokenizer = load_tokenizer(tokenizer_name)
     sources = open_sources(inputs, split=dataset_split, config=dataset_config)
     request = {
@@ -81,10 +84,11 @@ def prepare(
         },
         "options": dataclasses.asdict(options),
     }
-    done = _already_there(output, options, request, overwrite)
-    if done is not None:
-        return done
-    with _whole_or_not_at_all(output) as folder:
+    with _whole_or_not_at_all(output) as new:
+        done = _already_there(output, options, request, overwrite)
+        if done is not None:
+            return done
+        folder = new()
         parts = {name: folder if options.splits == ("train",) else folder / name for name in options.splits}
         tally = Tally(options)
         with ExitStack() as stack:
@@ -127,6 +131,9 @@ def _already_there(output: Path, options: PrepareOptions, request: dict, overwri
     for manifest in manifests.values():
         found = _content(manifest)
         differing = [f"{key} {found[key]}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+        packing = manifest["packing"]
+        if not differing and packing is not None and packing["seq_length"] != options.seq_length:
+            differing = [f"and packed anew since, for {packing['seq_length']}"]
         if differing:
             raise ValueError(
                 f"--output: {output} was prepared otherwise ({'; '.join(differing)}): name another folder, or "
@@ -141,20 +148,47 @@ def _content(request: dict[str, Any]) -> dict[str, Any]:
     return {"inputs": [source["fingerprint"] for source in request["inputs"]], **tokenizer, **request["options"]}
 
 
+def _checked_output(output: Path, overwrite: bool) -> Path:
+    """``output`` without links and dots; ``ValueError`` where no folder can be put, or more than ours would be lost."""
+    output = output.resolve()
+    if output.is_file() or os.path.ismount(output):
+        raise ValueError(f"--output {output}: a file or a mount point cannot be replaced; name a folder inside it")
+    ours = {MANIFEST, "rows", "columns", *SPLITS}
+    if overwrite and output.is_dir():
+        foreign = [e.name for e in output.iterdir() if e.name not in ours and not e.name.startswith(("packing-", "."))]
+        if foreign:
+            raise ValueError(f"--overwrite: {output} also holds {foreign[0]}, which is not ours: name another folder")
+    return output
+
+
 @contextmanager
-def _whole_or_not_at_all(output: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the name ``output`` once everything has gone well."""
+def _whole_or_not_at_all(output: Path) -> Iterator[Callable[[], Path]]:
+    """A function that makes a folder to write in, which takes the name ``output`` once everything has gone well."""
+    output.parent.mkdir(parents=True, exist_ok=True)
     folder = output.with_name(f"{output.name}.incomplete")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
+    made = False
+
+    def new() -> Path:
+        nonlocal made
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if output.exists():
-        shutil.rmtree(output)
-    os.replace(folder, output)
+        folder.mkdir()
+        made = True
+        return folder
+
+    lock = output.with_name(f".{output.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--output: another `prepare` is writing {output}") from None
+        try:
+            yield new
+            if made:
+                replace_folder(folder, output)
+        finally:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            lock.unlink(missing_ok=True)
 
 
 def _finish(

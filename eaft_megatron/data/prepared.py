@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,6 +168,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def content_of(manifest: dict[str, Any]) -> list[Any]:
+    """What decides the rows and their packs, without the names under which the inputs were found."""
+    inputs = [source["fingerprint"] for source in manifest["inputs"]]
+    tokenizer = [manifest["tokenizer"]["sha256"], manifest["tokenizer"]["chat_template_sha256"]]
+    return [inputs, tokenizer, manifest["options"], manifest["part"], manifest["rows"], manifest["packing"]]
+
+
 def training_folder(folder: str | os.PathLike) -> Path:
     """``folder`` itself, or its part ``train`` where ``prepare --valid-fraction`` has split it."""
     folder = Path(folder)
@@ -240,8 +248,6 @@ def write_column(
     Raises:
         ValueError: an array that does not fit its row, or too few of them.
     """
-    import shutil
-
     final, temporary = data.path / "columns" / name, data.path / "columns" / f".{name}.incomplete"
     shutil.rmtree(temporary, ignore_errors=True)
     schema = pa.schema([(name, pa.list_(pa.float32()))])
@@ -260,9 +266,18 @@ def write_column(
     if written != len(data):
         raise ValueError(f"column {name!r}: {written} rows, but the data has {len(data)}")
     write_manifest(temporary, {**record, "rows": written, "files": writer.files})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    replace_folder(temporary, final)
     data._columns.pop(name, None)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Give ``new`` the name ``final``; what had it stays whole until then, and is removed afterwards."""
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _column_batch(arrays: list[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:

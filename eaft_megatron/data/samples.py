@@ -53,10 +53,7 @@ class PreparedDataset(torch.utils.data.Dataset):
         self._check_length()
         self._multiple = data.manifest["packing"]["pad_to_multiple_of"] if packed else 1
         for name in self.columns:
-            if name == "sample_weight":
-                _ = self._sample_weights
-            else:
-                data.column(name, 0)
+            data.column("ref_logprob" if name == "sample_weight" else name, 0)
 
     def _check_length(self) -> None:
         packing = self.data.manifest["packing"]
@@ -139,6 +136,11 @@ class PreparedDataset(torch.utils.data.Dataset):
         if self.packed:
             arrays["sequence_ids"] = sequence_ids
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def compute_columns(self) -> None:
+        """Work out now what a sample would otherwise wait for: FLOW's weights take a pass over all scores."""
+        if "sample_weight" in self.columns:
+            _ = self._sample_weights
 
     def _column(self, name: str, row: int) -> np.ndarray:
         if name == "sample_weight":

@@ -75,7 +75,11 @@ def open_sources(inputs: Sequence[str], *, split: str | None = None, config: str
     """
     if not inputs:
         raise ValueError("--input names no file")
-    return [source for name in inputs for source in _open(str(name), split, config)]
+    sources = [source for name in inputs for source in _open(str(name), split, config)]
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--input names {twice[0]} twice: every row of it would count twice")
+    return sources
 
 
 def _open(name: str, split: str | None, config: str | None) -> list[Source]:
@@ -107,10 +111,13 @@ def _open_folder(path: Path, split: str | None, config: str | None) -> list[Sour
         return [_load_from_disk(path, split)]
     if split is not None or config is not None:
         return [_load_dataset(str(path), split, config)]
+    prepared = {manifest.parent for manifest in path.rglob("manifest.json") if (manifest.parent / "rows").is_dir()}
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.name.endswith(EXTENSIONS) and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.name.endswith(EXTENSIONS)
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        and not prepared.intersection(file.parents)  # an output of ours, in the folder of its input
     )
     if not files:
         raise ValueError(f"{path}: the folder holds no file with a known extension ({', '.join(EXTENSIONS)})")
@@ -235,7 +242,7 @@ def _choose_split(name: str, loaded: Any, split: str | None) -> tuple[Any, str |
     chosen = split if split is not None else next(iter(loaded)) if len(loaded) == 1 else None
     if chosen not in loaded:
         wanted = f"no split {split!r}" if split else "several splits"
-        raise ValueError(f"--input {name}: {wanted}; choose one of {', '.join(loaded)} with --split")
+        raise ValueError(f"--input {name}: {wanted}; choose one of {', '.join(loaded)} with --dataset-split")
     return loaded[chosen], chosen
 
 

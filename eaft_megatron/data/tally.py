@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from eaft_megatron.data.chat import EncodedSample
 from eaft_megatron.data.encoding import EncodedBatch
 from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import ROW_SCHEMA
@@ -37,12 +36,12 @@ class Tally:
         self.input["rows_split_into_turns"] += encoded.split
         self.input["answers_without_end_token"] += encoded.unended
         self.errors += encoded.errors[: _ERRORS_KEPT - len(self.errors)]
-        kept: dict[str, list[tuple[EncodedSample, int, str]]] = {name: [] for name in self.parts}
-        for index, where, sample in encoded.samples:
+        kept: dict[str, list[tuple[np.ndarray, np.ndarray, int, str]]] = {name: [] for name in self.parts}
+        for index, where, ids, mask in encoded.samples:
             part = self._part_of(first + index)
-            sample = self._fit(sample, self.parts[part])
-            if sample is not None:
-                kept[part].append((sample, first + index, where))
+            if self._fits(ids, mask, self.parts[part]):
+                limit = self.options.seq_length + 1
+                kept[part].append((ids[:limit], mask[:limit], first + index, where))
         for part, rows in kept.items():
             if rows:
                 yield part, self._record_batch(part, rows)
@@ -57,31 +56,27 @@ class Tally:
             return "valid"
         return "test" if draw < self.options.valid_fraction + self.options.test_fraction else "train"
 
-    def _fit(self, sample: EncodedSample, counts: collections.Counter) -> EncodedSample | None:
+    def _fits(self, ids: np.ndarray, mask: np.ndarray, counts: collections.Counter) -> bool:
+        """Whether a row is kept; what it loses by being cut is counted."""
         limit = self.options.seq_length + 1
-        if len(sample.input_ids) > limit:
+        if len(ids) > limit:
             if self.options.overlong == "drop":
                 counts["dropped_overlong"] += 1
-                return None
+                return False
             counts["truncated"] += 1
-            counts["tokens_cut_off"] += len(sample.input_ids) - limit
-            sample = sample.truncate(limit)
-        if not any(sample.labels_mask[1:]):  # nothing predicts the first token
+            counts["tokens_cut_off"] += len(ids) - limit
+        if not mask[1:limit].any():  # nothing predicts the first token
             counts["dropped_nothing_to_train_on"] += 1
-            return None
-        return sample
+            return False
+        return True
 
-    def _record_batch(self, part: str, rows: list[tuple[EncodedSample, int, str]]) -> pa.RecordBatch:
-        samples = [sample for sample, _, _ in rows]
+    def _record_batch(self, part: str, rows: list[tuple[np.ndarray, np.ndarray, int, str]]) -> pa.RecordBatch:
+        ids, masks, sequence_ids, sources = (list(column) for column in zip(*rows, strict=True))
         counts = self.parts[part]
-        counts["tokens"] += sum(len(sample.input_ids) for sample in samples)
-        counts["trained_tokens"] += sum(sum(sample.labels_mask[1:]) for sample in samples)
-        self.lengths[part].append(np.array([len(sample.input_ids) for sample in samples]))
-        self.max_token_id[part] = max(self.max_token_id[part], *(max(sample.input_ids) for sample in samples))
-        arrays = [
-            pa.array([sample.input_ids for sample in samples], type=ROW_SCHEMA.field("input_ids").type),
-            pa.array([sample.labels_mask for sample in samples], type=ROW_SCHEMA.field("labels_mask").type),
-            pa.array([sequence_id for _, sequence_id, _ in rows], type=pa.int64()),
-            pa.array([where for _, _, where in rows], type=pa.string()),
-        ]
+        counts["tokens"] += sum(map(len, ids))
+        counts["trained_tokens"] += sum(int(mask[1:].sum()) for mask in masks)
+        self.lengths[part].append(np.array([len(row) for row in ids]))
+        self.max_token_id[part] = max(self.max_token_id[part], *(int(row.max()) for row in ids))
+        columns = (ids, masks, sequence_ids, sources)
+        arrays = [pa.array(values, type=field.type) for values, field in zip(columns, ROW_SCHEMA, strict=True)]
         return pa.record_batch(arrays, schema=ROW_SCHEMA)

@@ -60,13 +60,13 @@ def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     return parser
 
 
-def named_folders(values: list[str], flag: str) -> dict[str, str]:
-    """NAME=PATH, ... as a dict; ``ValueError`` names ``flag``."""
+def named_paths(values: list[str], flag: str, metavar: str = "NAME=DIR") -> dict[str, str]:
+    """NAME=DIR, ... as a dict; ``ValueError`` names ``flag``."""
     sets: dict[str, str] = {}
     for value in values:
         name, separator, path = value.partition("=")
         if not (name and separator and path):
-            raise ValueError(f"{flag} takes NAME=PATH, got {value!r}")
+            raise ValueError(f"{flag} takes {metavar}, got {value!r}")
         if name in sets:
             raise ValueError(f"{flag} names {name!r} twice")
         sets[name] = path

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -38,7 +39,7 @@ def evaluate_sets(names: Callable[[], Sequence[str]], dataset: Callable[[str, in
             given["data_iterator"] = _iterators(training, samples, len(given["model"]))
             before = flags.eval_iters
             flags.eval_iters = min(before, len(samples) // batch_size)
-            with _curves_under(training, name):
+            with _curves_under(training, name), _mean_over_tokens(training, flags):
                 try:
                     result = original(*bound.args, **bound.kwargs)
                 finally:
@@ -59,6 +60,30 @@ def _iterators(training: Any, samples: Any, chunks: int) -> Any:
         return RerunDataIterator(iter(training.build_pretraining_data_loader(samples, 0)))
 
     return one() if chunks == 1 else [one() for _ in range(chunks)]
+
+
+@contextlib.contextmanager
+def _mean_over_tokens(training: Any, flags: Any) -> Iterator[None]:
+    """Under --sft Megatron averages an evaluation over micro-batches, so that one without a token would be NaN or 0."""
+    before = training.get_args
+    training.get_args = lambda: _WithoutSft(flags)
+    try:
+        yield
+    finally:
+        training.get_args = before
+
+
+class _WithoutSft:
+    """Megatron's flags as ``evaluate`` shall see them: it then sums over tokens, as it does without --sft."""
+
+    def __init__(self, flags: Any) -> None:
+        object.__setattr__(self, "_flags", flags)
+
+    def __getattr__(self, name: str) -> Any:
+        return False if name == "sft" else getattr(self._flags, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._flags, name, value)
 
 
 class _curves_under:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from eaft_megatron.hooks.arguments import add_eaft_arguments, named_folders, settings_from_args
+from eaft_megatron.hooks.arguments import add_eaft_arguments, named_paths, settings_from_args
 from eaft_megatron.hooks.evaluation import evaluate_sets
 from eaft_megatron.hooks.loss_hook import install, installed
 from eaft_megatron.hooks.metrics import wrap_forward_step
@@ -95,7 +95,7 @@ def _open_data(args: argparse.Namespace, settings, prepared: Any) -> None:
         return  # Megatron has its flags validated twice
     if prepared is None:
         raise ValueError("--sft-data needs `python -m eaft_megatron.run SCRIPT ...`; a patched checkout cannot read it")
-    args.sft_eval_sets = named_folders(args.sft_eval_data, "--sft-eval-data")
+    args.sft_eval_sets = named_paths(args.sft_eval_data, "--sft-eval-data")
     data = prepared.open(args, settings.gate(), _version())
     args.sft_data_sha256 = data.fingerprint()
     first = getattr(args, "rank", 0) == 0

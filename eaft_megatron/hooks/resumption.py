@@ -39,8 +39,8 @@ def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> 
     data = getattr(before, "sft_data_sha256", None), getattr(now, "sft_data_sha256", None)
     if data[0] != data[1]:
         raise ValueError(
-            "--load: the checkpoint was trained on other data than --sft-data, or on other packs of it, so the number "
-            "of samples consumed means nothing here: give the same data, or start from its weights with --finetune"
+            "--load: the checkpoint was trained on other data than --sft-data, or with another --seed or packing, so "
+            "the number of samples consumed means nothing here: give the same, or start from its weights (--finetune)"
         )
     names = ("loss_type",) if before.loss_type == now.loss_type == "sft" else loss_arguments()
     for name in names:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.gates import EAFTGate, Gate
-from eaft_megatron.loss.merge import Merged, merge_packed, merge_split, merge_topk, topk_entropy
-from eaft_megatron.loss.plan import Plan, check_target, gate_context, make_plan, outside_vocabulary
+from eaft_megatron.loss.merge import merge_topk, topk_entropy
+from eaft_megatron.loss.passes import look, outputs_of, write_gradient
+from eaft_megatron.loss.plan import Plan, check_target, gate_context, make_plan
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import Spans, local_statistics, local_topk, spans_of, write_gradient
+from eaft_megatron.loss.torch_impl import local_topk
 
 
 def vocab_parallel_eaft_loss(
@@ -183,131 +183,26 @@ def vocab_parallel_topk_entropy(
     return entropy.reshape(vocab_parallel_logits.shape[:-1])
 
 
-def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: Plan, entropy: bool) -> TokenStats:
-    """The whole vocabulary's numbers as the gate sees them: ``[N]``, zeros at ignored tokens.
-
-    ``merged`` has a row for each token, or for those that ``keep`` names.
-    """
-    valid = target != plan.ignore_index
-    looked_at = target if keep is None else target[keep]
-
-    def spread(values: Tensor) -> Tensor:
-        if keep is None:
-            return values.masked_fill(~valid, 0)
-        return values.new_zeros(target.shape).index_copy_(0, keep, values)
-
-    ce = (merged.topk[:, 0] - merged.target_logit) + merged.sum_exp.log()
-    ce = ce.masked_fill(outside_vocabulary(looked_at, plan.vocab_size, plan.ignore_index), float("nan"))
-    squares = merged.sum_exp_squared
-    return TokenStats(
-        ce=spread(ce),
-        entropy=spread(topk_entropy(merged.topk)) if entropy else None,
-        weight=None,
-        valid=valid,
-        topk=plan.k,
-        sum_p_squared=None if squares is None else spread(squares / merged.sum_exp.square()),
-    )
-
-
-class _Seen(NamedTuple):
-    """What the forward pass found, and what the backward pass needs of it.
-
-    Attributes:
-        stats: for the gate, one entry per token.
-        maximum, sum_exp: ``[M]`` of the rows looked at, over the whole vocabulary; the second relative to the first.
-        spans, keep: which rows were looked at, as runs and as ``[M]`` indices; None for all.
-    """
-
-    stats: TokenStats
-    maximum: Tensor
-    sum_exp: Tensor
-    spans: Spans | None = None
-    keep: Tensor | None = None
-
-
-def _look_torch(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> _Seen:
-    """The forward pass in plain torch."""
-    spans = keep = None
-    if plan.compact:
-        valid = target != plan.ignore_index
-        spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
-    looked_at = target if keep is None else target[keep]
-    k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)  # the maximum is needed in any case
-    local = local_statistics(rows, looked_at, plan.shard, k_local, spans=spans, sum_squares=squares)
-    if plan.exchange == "packed":
-        merged = merge_packed(local, k_local, k, plan.group, dtype=rows.dtype)
-    else:
-        owned = plan.shard.local_index(looked_at)[1]
-        merged = merge_split(local, k_local, k, owned, plan.group, dtype=rows.dtype)
-    stats = _token_stats(merged, target, keep, plan, entropy)
-    return _Seen(stats, merged.topk[:, 0].clone(), merged.sum_exp, spans, keep)
-
-
-def _look_triton(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> _Seen:
-    """The forward pass by the kernels; with the split exchange they do the local part alone."""
-    from eaft_megatron.loss import triton_impl
-
-    k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)
-    ignored = plan.ignore_index
-    message = triton_impl.local_message(rows, target, plan.shard, k_local, ignore_index=ignored, sum_squares=squares)
-    if plan.exchange == "split":
-        owned = plan.shard.local_index(target)[1] & (target != ignored)
-        merged = merge_split(message.statistics(), k_local, k, owned, plan.group, dtype=rows.dtype)
-        return _Seen(_token_stats(merged, target, None, plan, entropy), merged.topk[:, 0].clone(), merged.sum_exp)
-    found = triton_impl.merge_message(
-        message,
-        target,
-        k_local=k_local,
-        k=k,
-        vocab_size=plan.vocab_size,
-        ignore_index=ignored,
-        entropy=entropy,
-        group=plan.group,
-    )
-    stats = TokenStats(
-        ce=found["ce"],
-        entropy=found.get("entropy"),
-        weight=None,
-        valid=target != ignored,
-        topk=plan.k,
-        sum_p_squared=found.get("sum_p_squared"),
-    )
-    return _Seen(stats, found["maximum"], found["sum_exp"])
-
-
 class _TokenLoss(torch.autograd.Function):
     """Forward: one read of the logits and the exchange. Backward: one read, one write, no communication."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, target: Tensor, gate: Gate, plan: Plan):
         entropy = plan.want_entropy or "entropy" in gate.needs
-        look = _look_triton if plan.triton else _look_torch
-        stats, maximum, sum_exp, spans, keep = look(rows, target, plan, entropy, "sum_p_squared" in gate.needs)
+        stats, maximum, sum_exp, spans, keep = look(
+            rows, target, plan, entropy=entropy, squares="sum_p_squared" in gate.needs
+        )
         output = gate(stats, plan.context)
         looked_at, slope = (target, output.slope) if keep is None else (target[keep], output.slope[keep])
         ctx.save_for_backward(rows, looked_at, keep, maximum, sum_exp, slope)
         ctx.plan, ctx.spans = plan, spans
-        extra = (stats.ce, stats.entropy, output.weight, stats.valid, stats.sum_p_squared)
-        ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
-        # A gate may return a tensor of the statistics as its loss; that one was just marked as having no gradient.
-        loss = output.loss.clone() if any(output.loss is tensor for tensor in extra) else output.loss
-        return loss, *extra
+        return outputs_of(ctx, output, stats)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss: Tensor, *_):
         rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
-        plan = ctx.plan
-        gradient = rows.detach() if plan.inplace_backward else torch.empty_like(rows)
-        if plan.triton:
-            from eaft_megatron.loss import triton_impl
-
-            triton_impl.write_gradient(
-                rows, target, maximum, sum_exp, slope, grad_loss, plan.shard, gradient, plan.ignore_index
-            )
-            return gradient, None, None, None
-        # An ignored token's gradient is zero even where its upstream gradient is not a number.
-        slope = slope * (grad_loss if keep is None else grad_loss[keep])
-        slope = slope.masked_fill(target == plan.ignore_index, 0)
-        write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, gradient, spans=ctx.spans)
+        gradient = rows.detach() if ctx.plan.inplace_backward else torch.empty_like(rows)
+        upstream = grad_loss if keep is None else grad_loss[keep]
+        write_gradient(rows, target, maximum, sum_exp, slope, upstream, ctx.plan, gradient, spans=ctx.spans)
         return gradient, None, None, None

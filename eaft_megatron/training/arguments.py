@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from eaft_megatron.hooks.arguments import add_eaft_arguments, named_folders, settings_from_args
+from eaft_megatron.hooks.arguments import add_eaft_arguments, named_paths, settings_from_args
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,7 +164,10 @@ def _check_data(args: argparse.Namespace) -> None:
     """One training set; ``args.eval_sets``: name -> JSONL file or prepared folder."""
     if bool(args.data) == bool(args.sft_data):
         raise ValueError("give either --data FILE.jsonl or --sft-data DIR (what `eaft-megatron prepare` made)")
-    files, folders = named_folders(args.eval_data, "--eval-data"), named_folders(args.sft_eval_data, "--sft-eval-data")
+    files, folders = (
+        named_paths(args.eval_data, "--eval-data", "NAME=FILE"),
+        named_paths(args.sft_eval_data, "--sft-eval-data"),
+    )
     if both := sorted(set(files) & set(folders)):
         raise ValueError(f"--eval-data and --sft-eval-data both name {both[0]!r}")
     args.eval_sets = {**files, **folders}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 from eaft_megatron.data import SFTDataset
-from eaft_megatron.data.prepared import MANIFEST, PreparedData, evaluation_folders, training_folder
+from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_folders, training_folder
 from eaft_megatron.data.samples import PreparedDataset
 from eaft_megatron.hooks import settings_from_args
 
@@ -32,7 +33,8 @@ def read_datasets(args: argparse.Namespace) -> dict[str | None, Dataset]:
     if args.sft_data:
         folder = training_folder(args.sft_data)
         datasets[None] = _prepared(folder, tokenizer, args, needs)
-        args.data_sha256 = _sha256(folder / MANIFEST)
+        content = [content_of(datasets[None].data.manifest), datasets[None].packed]
+        args.data_sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     else:
         datasets[None] = SFTDataset(args.data, tokenizer, args.seq_length)
         args.data_sha256 = _sha256(Path(args.data))

@@ -28,6 +28,7 @@ def _args(**given) -> argparse.Namespace:
         dataloader_type="single",
         seq_length=512,
         seed=1,
+        global_batch_size=2,
         true_vocab_size=None,
         sft_eval_sets={},
     )
@@ -46,7 +47,7 @@ THD = dict(sft=True, create_attention_mask_in_dataloader=False)
         ({**LOCAL, "sft_packing": "none"}, True, (0, 19), "one row each, padded"),
         ({}, False, (0, 12), "one row each, padded"),
         ({"sft_packing": "none"}, True, (0, 12), "one row each, padded"),
-        (THD, True, (0, 16), "packed, THD"),
+        (THD, True, (0, 17), "packed, THD"),
         (THD, False, (0, 19), "one row each, THD"),
         ({**THD, "sft_packing": "none"}, True, (0, 19), "one row each, THD"),
         ({**THD, "context_parallel_size": 2}, True, (0, 18), "packed, THD"),
@@ -62,7 +63,8 @@ def test_layouts(given, packing, version, expected):
     "given, version, message",
     [
         ({}, (0, 19), "needs --sft and --no-create-attention-mask-in-dataloader"),
-        ({}, (0, 15), "needs --sft of Megatron-LM 0.16 or later"),
+        ({}, (0, 15), "needs --sft of Megatron-LM 0.17 or later"),
+        (THD, (0, 16), "needs --sft of Megatron-LM 0.17 or later"),
         ({"sft_packing": "mask"}, (0, 19), "needs --transformer-impl local"),
         ({**LOCAL, "sft": True}, (0, 19), "--transformer-impl local refuses"),
         ({**LOCAL, "sft_packing": "thd"}, (0, 19), "--transformer-impl local refuses"),
@@ -70,7 +72,7 @@ def test_layouts(given, packing, version, expected):
         ({"sft": True}, (0, 19), "give --no-create-attention-mask-in-dataloader"),
         ({**THD, "micro_batch_size": 2}, (0, 18), "--micro-batch-size must be 1"),
         ({**THD, "context_parallel_size": 2}, (0, 17), "needs Megatron-LM 0.18"),
-        ({**THD, "pipeline_model_parallel_size": 4}, (0, 17), "stages in the middle"),
+        ({**THD, "pipeline_model_parallel_size": 2}, (0, 17), "does not tell every rank where the rows of a pack end"),
         ({**THD, "sft_packing": "mask"}, (0, 19), "does not go with --sft"),
     ],
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +15,9 @@ import pytest
 pytest.importorskip("datasets")
 
 from eaft_megatron.cli import main
+from eaft_megatron.data import encoding
 from eaft_megatron.data.chat import encode_chat
+from eaft_megatron.data.encoding import _in_order
 from eaft_megatron.data.prepare import prepare, repack
 from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import PreparedData, evaluation_folders, training_folder
@@ -108,6 +113,57 @@ def test_other_options_are_refused_and_overwritten_on_request(tmp_path, tokenize
         prepare([source], tokenizer_dir, tmp_path / "mine", PrepareOptions(512))
 
 
+def test_what_is_not_ours_is_never_removed(tmp_path, tokenizer_dir):
+    """--overwrite spares a folder that also holds the input; a file and a folder in use are refused."""
+    source = write(tmp_path / "chat.jsonl", chats(3))
+    with pytest.raises(ValueError, match=r"also holds (chat\.jsonl|in-use.*), which is not ours"):
+        prepare([source], tokenizer_dir, tmp_path, PrepareOptions(512), overwrite=True)
+    with pytest.raises(ValueError, match="a file or a mount point"):
+        prepare([source], tokenizer_dir, source, PrepareOptions(512), overwrite=True)
+    with open(tmp_path / ".in-use.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another `prepare` is writing"):
+            prepare([source], tokenizer_dir, tmp_path / "in-use", PrepareOptions(512))
+    assert len((tmp_path / "chat.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_link_is_followed(tmp_path, tokenizer_dir):
+    """--output through a link to another disk fills what it points to, also the second time."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    source = write(tmp_path / "a.jsonl", chats(3))
+    for overwrite in (False, True):
+        prepare([source], tokenizer_dir, tmp_path / "out", PrepareOptions(512), overwrite=overwrite)
+    assert (tmp_path / "out").is_symlink() and len(PreparedData(tmp_path / "scratch")) == 3
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or "incomplete" in path.name]
+
+
+def test_an_output_inside_its_input_is_not_read_again(tmp_path, tokenizer_dir):
+    """--input D --output D/prepared does nothing the second time; a file named twice is refused."""
+    source = write(tmp_path / "a.jsonl", chats(3))
+    for _ in range(2):
+        manifest = prepare([str(tmp_path)], tokenizer_dir, tmp_path / "prepared", PrepareOptions(512))["train"]
+    assert manifest["counts"]["input_rows"] == 3
+    with pytest.raises(ValueError, match="twice"):
+        prepare([source, source], tokenizer_dir, tmp_path / "out", PrepareOptions(512))
+
+
+def test_a_killed_worker_ends_the_run(tmp_path, tokenizer_dir, monkeypatch):
+    """For want of memory, say: an error, not a wait without end."""
+    source = write(tmp_path / "a.jsonl", chats(2000))
+
+    def killing(pool, batches, in_flight):
+        for number, encoded in enumerate(_in_order(pool, batches, in_flight)):
+            if number == 0:
+                os.kill(next(iter(pool._processes)), signal.SIGKILL)
+            yield encoded
+
+    monkeypatch.setattr(encoding, "_in_order", killing)
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        prepare([source], tokenizer_dir, tmp_path / "out", PrepareOptions(512), num_workers=2)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_overlong_rows(tmp_path, tokenizer_dir):
     """Cut, dropped or refused; each is counted, and what is cut is counted in tokens."""
     long = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "x" * 400}]}
@@ -183,6 +239,8 @@ def test_repacking_touches_nothing_but_the_packing(tmp_path, tokenizer_dir):
     packed = sorted(row for pack in range(data.manifest["packing"]["packs"]) for row in data.pack(pack))
     assert packed == list(range(30))
     assert len(list((tmp_path / "out").glob("packing-*"))) == 1
+    with pytest.raises(ValueError, match="packed anew since, for 1024"):
+        prepare([source], tokenizer_dir, tmp_path / "out", PrepareOptions(512))
     with pytest.raises(ValueError, match="rows are longer than --seq-length 16"):
         repack(tmp_path / "out", 16)
 

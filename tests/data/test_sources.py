@@ -112,9 +112,9 @@ def test_saved_datasets_and_dataset_folders(tmp_path):
     assert (source.n_rows, source.fingerprint()) == (3, open_sources([str(tmp_path / "one")])[0].fingerprint())
     splits = [open_sources([str(tmp_path / "two")], split=split)[0].fingerprint() for split in ("train", "test")]
     assert splits[0] != splits[1]
-    with pytest.raises(ValueError, match="several splits; choose one of train, test with --split"):
+    with pytest.raises(ValueError, match="several splits; choose one of train, test with --dataset-split"):
         open_sources([str(tmp_path / "two")])
-    with pytest.raises(ValueError, match="no split 'x'; choose one of train, test with --split"):
+    with pytest.raises(ValueError, match="no split 'x'; choose one of train, test with --dataset-split"):
         open_sources([str(tmp_path / "two")], split="x")
 
 

@@ -123,6 +123,7 @@ def _prepared(folder: Path, rows: int, seed: int) -> Path:
     counts = dict.fromkeys(("truncated", "dropped_overlong", "dropped_nothing_to_train_on"), 0)
     manifest = {"format_version": 1, "rows": rows, "max_token_id": 95, "longest_row": int(lengths.max())}
     manifest |= {"counts": counts, "files": writer.files, "packing": write_packing(folder, lengths, 24, 1)}
+    manifest |= {"tokenizer": {"sha256": "", "chat_template_sha256": ""}, "inputs": [], "options": {}, "part": "train"}
     write_manifest(folder, manifest)
     data = PreparedData(folder)
     write_column(data, "ref_logprob", (-generator.exponential(size=n) for n in data.lengths), {})

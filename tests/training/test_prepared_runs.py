@@ -105,7 +105,7 @@ def test_packed_over_ranks(runs, prepared):
         (["--sft-packing", "thd"], "--sft-packing thd is for Megatron-LM"),
         (["--transformer-impl", "transformer_engine"], "would look across the rows of a pack"),
         (["--seq-length", "128"], "packed for 256"),
-        (["--sft-eval-data", "held"], "--sft-eval-data takes NAME=PATH"),
+        (["--sft-eval-data", "held"], "--sft-eval-data takes NAME=DIR"),
         (["--sft-eval-data", "held=/nowhere"], "--sft-eval-data: no such folder: /nowhere"),
     ],
 )
