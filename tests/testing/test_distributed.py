@@ -192,7 +192,7 @@ def test_functions_a_child_cannot_find_are_refused():
         run_distributed(environment, 0)
 
 
-@pytest.mark.parametrize("mode", ["importlib", "prepend"])
+@pytest.mark.parametrize("mode", [pytest.param("importlib", marks=pytest.mark.slow), "prepend"])
 def test_a_test_module_that_cannot_be_imported_by_name_works(tmp_path, mode):
     """pytest's import modes put test modules under names a new process cannot import."""
     (tmp_path / "inner").mkdir()
