@@ -67,7 +67,7 @@ def encode_row(
     - A turn without thinking is an answer in non-thinking mode: an empty thinking block that the template puts before
       it (Qwen3) is part of the prompt of `enable_thinking=False`, not of the answer, and is not trained on.
     - What follows the last assistant turn has no label and is left out. A conversation's very first message, if it is
-      the assistant's, answers nothing: it stays as context.
+      the assistant's, answers nothing: it stays as context (with generation markers the template decides).
     - Templates of the GLM-4 kind know no `tool_calls`; calls and results are put into their `metadata` form.
 
     Args:
