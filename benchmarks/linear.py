@@ -4,14 +4,16 @@
 
 Peers start from the last hidden states and end with the gradients of hidden states and weight. Beside ours: Megatron's
 output layer (the autograd function under ColumnParallelLinear) followed by its plain cross entropy, which is what users
-run today, or by our loss on whole logits. All of them run in one process per rank, interleaved. On the CPU the ranks of
-a tensor-parallel group are real processes joined by gloo. On a GPU (--device cuda, the default where there is one) one
-process times one rank's shard, without the exchange.
+run today, or by our loss on whole logits; where they are installed, Liger's fused linear cross entropy (on a GPU) and
+axolotl's EAFT. All of them run in one process per rank, interleaved. On the CPU the ranks of a tensor-parallel group
+are real processes joined by gloo. On a GPU (--device cuda, the default where there is one) one process times one rank's
+shard, without the exchange.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")  # freed tensors go back to the system: honest peaks
 
@@ -122,8 +125,30 @@ def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, g
     return loss.view(target.shape)
 
 
-def peers_for(case: dict) -> dict[str, Peer]:
-    """By name; the first is what the others are compared with."""
+def liger(hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Liger's fused linear cross entropy as trainers call it: a sum, its gradients made in the forward pass."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    total = liger_fused_linear_cross_entropy(hidden.flatten(0, 1), weight, target.flatten(), reduction="sum")
+    return _spread(total, target)
+
+
+def axolotl(hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """axolotl's EAFT, which takes whole logits (0.19 has no linear form of it) and shifts them itself."""
+    from axolotl.monkeypatch.loss.eaft import eaft_loss
+
+    logits = (hidden.flatten(0, 1) @ weight.t()).unsqueeze(0)
+    labels = torch.cat([target.new_full((1, 1), -100), target.flatten()[:-1].unsqueeze(0)], dim=1)
+    return _spread(eaft_loss(SimpleNamespace(logits=logits), labels, num_items_in_batch=1), target)
+
+
+def _spread(total: Tensor, target: Tensor) -> Tensor:
+    """A sum as equal losses of all tokens, for a benchmark that hands out a gradient for each of them."""
+    return (total / target.numel()).expand(target.shape)
+
+
+def peers_for(case: dict, device: str) -> dict[str, Peer]:
+    """By name; the first is what the others are compared with. Those that are not installed are left out."""
     peers: dict[str, Peer] = {
         "megatron": megatron,
         "megatron's layer, our loss": whole_logits,
@@ -133,6 +158,10 @@ def peers_for(case: dict) -> dict[str, Peer]:
         peers["eaft_megatron, every row"] = partial(chunked, chunk_tokens=case["chunk"], drop_ignored=False)
     if case["tp"] == 1 and hasattr(torch.nn.functional, "linear_cross_entropy"):
         peers["F.linear_cross_entropy"] = torch_linear_cross_entropy
+    if device == "cuda" and importlib.util.find_spec("liger_kernel"):
+        peers["Liger, fused linear"] = liger
+    if case["tp"] == 1 and importlib.util.find_spec("axolotl"):
+        peers["axolotl, EAFT on logits"] = axolotl
     return peers
 
 
@@ -145,7 +174,7 @@ def run_case(case: dict, threads: int, repeats: int, device_name: str) -> dict[s
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=dist.get_world_size())
     hidden, weight, target = _inputs(case, device_name)
     upstream = (target != -100).float()
-    peers = peers_for(case)
+    peers = peers_for(case, device_name)
     out: dict[str, dict] = {name: {"forward": [], "backward": []} for name in peers}
     for repeat in range(-1, repeats):  # the first round warms up, and measures memory
         for name, peer in peers.items():

@@ -217,7 +217,7 @@ def machine(options: argparse.Namespace) -> dict:
 
     about = (Gpu() if options.device == "cuda" else Cpu()).describe()
     versions = {"eaft_megatron": __version__}
-    for name in ("torch", "megatron-core", "triton", "transformer-engine", "liger-kernel", "flash-attn"):
+    for name in ("torch", "megatron-core", "triton", "transformer-engine", "liger-kernel", "flash-attn", "axolotl"):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     tokens = "/".join(map(str, options.tokens))

@@ -19,6 +19,7 @@ _FIELDS = {  # LossSettings field -> argparse destination
     "talr_min_weight": "talr_min_weight",
     "sft_kl_beta": "sft_kl_beta",
 }
+_MEANS = {"linear_chunk": "eaft_linear_chunk", "linear_drop_ignored": "eaft_linear_drop_ignored"}  # same loss, cheaper
 
 
 def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,6 +42,12 @@ def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--talr-min-weight", float, "W", "TALR: floor of the weight (default: 0.01)", 0.01)
     add("--sft-kl-beta", float, "B", "SFT-KL: weight of the KL term (default: 0.5)", 0.5)
     add("--true-vocab-size", int, "N", "vocabulary without padding, config.vocab_size (default: count padded columns)")
+    add("--eaft-linear-chunk", int, "N", "output layer and loss in one, N tokens at a time: logits are never whole")
+    group.add_argument(
+        "--eaft-linear-drop-ignored",
+        action="store_true",
+        help="with it, leave ignored tokens out of the output layer on a GPU too: one host sync a micro-batch",
+    )
     data = parser.add_argument_group("prepared data", "folders that `eaft-megatron prepare` makes")
     data.add_argument("--sft-data", default=None, metavar="DIR", help="train on this prepared folder")
     data.add_argument(
@@ -75,7 +82,7 @@ def named_paths(values: list[str], flag: str, metavar: str = "NAME=DIR") -> dict
 
 def settings_from_args(args: argparse.Namespace) -> LossSettings:
     """:class:`LossSettings` from parsed flags; ``ValueError`` names the flag that is wrong."""
-    return LossSettings(**{field: getattr(args, name) for field, name in _FIELDS.items()})
+    return LossSettings(**{field: getattr(args, name) for field, name in (_FIELDS | _MEANS).items()})
 
 
 def loss_arguments() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ wrapper around the caller (``_postprocess``) notes those by name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -17,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring, linear_options
 from eaft_megatron.hooks.settings import LossSettings
-from eaft_megatron.loss.gates import SFTGate
+from eaft_megatron.loss.gates import Gate, SFTGate
+from eaft_megatron.loss.linear import vocab_parallel_linear_token_loss
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
 
@@ -65,7 +68,9 @@ class LossHook:
     _noted: dict[str, Any] | None = None
     _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
 
-    def compute(self, model: torch.nn.Module, labels: Tensor, logits: Tensor, original: Callable) -> Tensor:
+    def compute(
+        self, model: torch.nn.Module, labels: Tensor, logits: Tensor | DeferredLogits, original: Callable
+    ) -> Tensor:
         """The hooked method: per-token loss ``[b, s]`` from labels ``[b, s]`` and logits ``[s, b, V/tp]``.
 
         Training: the gate's loss. Evaluation (``model.eval()``): the plain cross entropy over the true vocabulary.
@@ -78,7 +83,8 @@ class LossHook:
             )
         heads = getattr(model.config, "mtp_num_layers", None)
         if heads and labels is not self._noted["labels"]:
-            return original(model, labels, logits)  # a multi-token-prediction head: rolled labels, plain cross entropy
+            # A multi-token-prediction head: rolled labels, plain cross entropy.
+            return original(model, labels, logits.whole() if isinstance(logits, DeferredLogits) else logits)
         loss_mask = self._noted["loss_mask"]
         target = _masked_target(labels, loss_mask)
         gate = self.settings.gate()
@@ -98,7 +104,7 @@ class LossHook:
             sequence_ids = sequence_ids.transpose(0, 1)
         else:
             sequence_ids = None
-        loss, stats = vocab_parallel_token_loss(
+        loss, stats = self._token_loss(
             logits,
             target.transpose(0, 1).contiguous(),
             gate,
@@ -109,7 +115,6 @@ class LossHook:
             topk=self.settings.topk,
             vocab_size=self.settings.true_vocab_size,
             ignore_index=_IGNORE_INDEX,
-            inplace_backward=True,
             return_stats=True,
         )
         self.latest = Observation(
@@ -129,6 +134,27 @@ class LossHook:
             return loss.transpose(0, 1).contiguous()
         # A copy: the host may reduce what it gets in place, and this one is kept for the metrics.
         return stats.ce.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+    def _token_loss(
+        self, logits: Tensor | DeferredLogits, target: Tensor, gate: Gate, **options: Any
+    ) -> tuple[Tensor, TokenStats]:
+        if self.settings.linear_chunk is None:
+            return vocab_parallel_token_loss(logits, target, gate, inplace_backward=True, **options)
+        if not isinstance(logits, DeferredLogits):
+            raise ValueError(
+                "--eaft-linear-chunk: this model did not hand the output of its output layer to its loss as it is, so "
+                "its logits are whole already: leave the flag out"
+            )
+        return vocab_parallel_linear_token_loss(
+            logits.hidden,
+            logits.weight,
+            target,
+            gate,
+            chunk_tokens=self.settings.linear_chunk,
+            drop_ignored=True if self.settings.linear_drop_ignored else None,
+            **linear_options(logits),
+            **options,
+        )
 
     def remove(self) -> None:
         """Put Megatron's own methods back."""
@@ -232,8 +258,10 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
                 f"{hook.settings.loss_type} cannot reach it: leave it out, or call vocab_parallel_eaft_loss in it"
             )
         outer, hook._noted = hook._noted, {key: arguments.get(key) for key in _NOTED}
+        defers = hook.settings.linear_chunk is not None and arguments.get("labels") is not None
         try:
-            return original(self, *args, **kwargs)
+            with deferring(self) if defers else contextlib.nullcontext():
+                return original(self, *args, **kwargs)
         finally:
             hook._noted = outer
 

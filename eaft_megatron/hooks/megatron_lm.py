@@ -51,6 +51,10 @@ def attach(
     guard_resumption()
     carry_record(args)
     if settings.loss_type == "sft":
+        if settings.linear_chunk is not None:
+            raise ValueError(
+                "--eaft-linear-chunk: --loss-type sft is Megatron's own loss, of whole logits: leave it out"
+            )
         _say_what_sft_ignores(args)
         _open_data(args, settings, prepared)
         return forward_step_func

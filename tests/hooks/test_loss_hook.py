@@ -302,6 +302,8 @@ def test_flags_choose_the_gate(flags, expected):
         (["--loss-type", "eaft", "--eaft-gate", "threshold"], "one of threshold"),
         (["--loss-type", "eaft", "--eaft-gate", "sigmoid", "--eaft-alpha", "2"], "--eaft-alpha is for --eaft-gate"),
         (["--loss-type", "talr", "--talr-tau", "-1"], "--talr-tau"),
+        (["--loss-type", "eaft", "--eaft-linear-chunk", "0"], "--eaft-linear-chunk must be >= 1"),
+        (["--loss-type", "eaft", "--eaft-linear-drop-ignored"], "is for --eaft-linear-chunk N, which is missing"),
     ],
 )
 def test_a_bad_flag_is_named(flags, message):

@@ -154,6 +154,11 @@ def test_flags_without_effect_on_sft_are_said(megatron, monkeypatch):
         _start(megatron, monkeypatch, "--true-vocab-size", "90")
 
 
+def test_linear_chunks_are_not_for_megatrons_own_loss(megatron, monkeypatch):
+    with pytest.raises(ValueError, match="--eaft-linear-chunk: --loss-type sft is Megatron's own loss"):
+        _start(megatron, monkeypatch, "--eaft-linear-chunk", "4096")
+
+
 def test_an_override_of_the_loss_method_is_found_at_start(megatron, monkeypatch):
     """A fork's own subclass, before anything is trained."""
     from megatron.core.models.gpt import GPTModel

@@ -33,6 +33,9 @@ LAYOUTS = {
         ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
     ),
     "dp2 distributed optimizer": (dict(processes=2), ["--use-distributed-optimizer"]),
+    "linear": (dict(), ["--eaft-linear-chunk", "20"]),
+    "linear tp2 sequence parallel": (dict(tp=2, processes=2), ["--sequence-parallel", "--eaft-linear-chunk", "20"]),
+    "linear pp2": (dict(pp=2, processes=2), ["--eaft-linear-chunk", "20"]),
 }
 
 
@@ -79,6 +82,25 @@ def test_the_heads_of_multi_token_prediction_keep_their_loss(script):
     plain, eaft = (reported(run(script, [*flags, *extra], port=29758))[0] for extra in ([], EAFT))
     assert eaft["mtp_1 loss"] == plain["mtp_1 loss"]
     assert float(eaft["eaft loss"]) < float(eaft["lm loss"]) < float(plain["lm loss"])  # padded columns count there
+
+
+@pytest.mark.parametrize(
+    "extra", [["--mtp-num-layers", "1"], ["--use-mup", "--mup-output-mult", "0.5"]], ids=["mtp", "mup"]
+)
+def test_linear_chunks_beside(script, extra):
+    """Extra heads and scaled logits: what is printed with whole logits, to rounding."""
+    if (
+        "--use-mup" in extra
+        and "use_mup" not in (script.parent / "megatron/core/transformer/transformer_config.py").read_text()
+    ):
+        pytest.skip("this release has no MuP")
+    flags = ["--train-iters", "2", *EAFT, *extra]
+    whole, linear = (reported(run(script, [*flags, *more], port=29760)) for more in ([], ["--eaft-linear-chunk", "20"]))
+    names = [name for name in whole[0] if name.endswith("loss") or name == "grad norm"]
+    assert len(whole) == len(linear) == 2 and len(names) >= 3
+    for step in range(2):
+        for name in names:
+            assert float(linear[step][name]) == pytest.approx(float(whole[step][name]), rel=1e-4), (step, name)
 
 
 def test_killed_and_resumed(script, tmp_path):

@@ -1,0 +1,136 @@
+"""Logits that the output layer does not compute: what ``--eaft-linear-chunk`` puts between it and the loss.
+
+While a GPTModel, MambaModel or HybridModel makes its loss, its output layer returns :class:`DeferredLogits`, hidden
+states and weight. The model passes them on, scaled where MuP asks for it, to its loss method, which is ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COMPUTING = ("forward", "_forward_impl")  # the methods of an output layer that make logits
+
+
+class DeferredLogits:
+    """Stands for ``scale * hidden @ weight.T``, ``[s, b, V/tp]``.
+
+    Whatever treats it as a tensor (a multi-token-prediction head with its own loss, a metric) gets the logits
+    themselves, made by the output layer's own code, once.
+
+    Attributes:
+        layer: the output layer.
+        hidden: what it was given: ``[s, b, H]``, with sequence parallelism ``[s/tp, b, H]``.
+        weight: ``[V/tp, H]``, its own or the embedding's.
+        scale: factor of the logits.
+    """
+
+    def __init__(
+        self, layer: torch.nn.Module, hidden: Tensor, weight: Tensor, compute: Callable[[], Tensor], scale: float = 1.0
+    ) -> None:
+        self.layer, self.hidden, self.weight, self.scale = layer, hidden, weight, scale
+        self._compute = compute
+        self._whole: Tensor | None = None
+
+    def whole(self) -> Tensor:
+        """The logits."""
+        if self._whole is None:
+            logits = self._compute()
+            self._whole = logits if self.scale == 1 else logits * self.scale
+        return self._whole
+
+    def __mul__(self, factor: Any) -> DeferredLogits | Tensor:
+        if isinstance(factor, (int, float)):
+            return DeferredLogits(self.layer, self.hidden, self.weight, self._compute, self.scale * factor)
+        return self.whole() * factor
+
+    __rmul__ = __mul__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.whole(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        def tensor(value: Any) -> Any:
+            return value.whole() if isinstance(value, DeferredLogits) else value
+
+        return function(
+            *(tensor(value) for value in args), **{name: tensor(value) for name, value in (kwargs or {}).items()}
+        )
+
+
+@contextlib.contextmanager
+def deferring(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the output layer of ``model`` (if this pipeline stage has one) returns :class:`DeferredLogits`.
+
+    Its forward alone is replaced, so that hooks on it still run: Megatron's data-parallel wrapper waits in one for the
+    weights it gathers.
+
+    Raises:
+        ValueError: an output layer whose product cannot be put off, and why.
+    """
+    layer = getattr(model, "output_layer", None)
+    if layer is None:
+        yield
+        return
+    _check_layer(layer, model.config)
+    compute = layer.forward
+
+    def forward(input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None):
+        if runtime_gather_output:
+            return compute(input_, weight=weight, runtime_gather_output=runtime_gather_output)
+        used = layer.weight if weight is None else weight
+        _check_weight(used)
+        return DeferredLogits(layer, input_, used, lambda: compute(input_, weight=weight)[0]), None
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def linear_options(logits: DeferredLogits) -> dict[str, Any]:
+    """Arguments of ``vocab_parallel_linear_token_loss`` that the output layer decides."""
+    trained = logits.weight.requires_grad and torch.is_grad_enabled()
+    return {
+        "sequence_parallel": logits.layer.sequence_parallel,
+        "gradient_accumulation_fusion": logits.layer.gradient_accumulation_fusion and trained,
+        "logits_scale": logits.scale,
+    }
+
+
+def _check_layer(layer: torch.nn.Module, config: Any) -> None:
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    own = type(layer)
+    same = all(getattr(own, name, None) is getattr(ColumnParallelLinear, name, None) for name in _COMPUTING)
+    if not issubclass(own, ColumnParallelLinear) or not same or "forward" in vars(layer):
+        raise ValueError(
+            "--eaft-linear-chunk takes the place of megatron-core's ColumnParallelLinear, and the output layer here, a "
+            f"{own.__name__}, computes in its own way (an adapter, another precision, a fused loss): leave the flag out"
+        )
+    for applies, what in (
+        (layer.bias is not None, "an output layer with a bias"),
+        (layer.gather_output, "an output layer that gathers its logits (parallel_output=False)"),
+        (getattr(layer, "disable_grad_reduce", False), "an output layer with disable_grad_reduce"),
+        (getattr(layer, "gtp_remat_size", 1) > 1, "an output layer whose weight is spread over a further group"),
+        (getattr(config, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute"),
+        (getattr(config, "config_logger_dir", ""), "--config-logger-dir, which writes whole logits"),
+    ):
+        if applies:
+            raise ValueError(f"--eaft-linear-chunk cannot serve {what}: leave one of them out")
+
+
+def _check_weight(weight: Tensor) -> None:
+    if hasattr(weight, "__fsdp_param__") or type(weight) not in (Tensor, torch.nn.Parameter):
+        raise ValueError(
+            f"--eaft-linear-chunk needs the output layer's weight as a plain tensor until the loss is there, and got a "
+            f"{type(weight).__name__} that is sharded (FSDP) or quantised: leave the flag out"
+        )
