@@ -6,6 +6,8 @@ logits' own dtype, a sum 4 (8 for float64 logits). In the backward pass only lin
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -27,12 +29,23 @@ def all_gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     :class:`eaft_megatron.loss.message.Message`: per token K + 1 logits (the largest, the target's) and one sum of
     exponentials, 46 bytes for bf16 logits and K = 20, 88 for fp32. The split exchange sends the K largest alone.
     """
+    return start_all_gather_rows(local, group)()
+
+
+def start_all_gather_rows(local: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """:func:`all_gather_rows` on its way while something else is computed: what it returns waits and has the rows."""
     _, size = group_rank_and_size(group)
     if size == 1:
-        return local.unsqueeze(0)
+        return lambda: local.unsqueeze(0)
+    local = local.contiguous()
     gathered = local.new_empty((size * local.shape[0], *local.shape[1:]))
-    _all_gather(gathered, local.contiguous(), group=group)
-    return gathered.view(size, *local.shape)
+    handle = _all_gather(gathered, local, group=group, async_op=True)
+
+    def arrived() -> Tensor:
+        handle.wait()
+        return gathered.view(size, *local.shape)
+
+    return arrived
 
 
 def all_reduce_sum(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -8,7 +8,7 @@ gate runs between the two, on all tokens at once, so that statistics of a batch 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor
 from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.hidden_states import PendingSums, WeightGradient, scatter_sequence_sum
 from eaft_megatron.loss.layer import Layer, check_options, imagined_logits
-from eaft_megatron.loss.passes import look, outputs_of, write_gradient
+from eaft_megatron.loss.passes import Seen, begin_look, outputs_of, write_gradient
 from eaft_megatron.loss.plan import check_target, gate_context, make_plan
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.torch_impl import compute_dtype
@@ -57,8 +57,8 @@ def vocab_parallel_linear_eaft_loss(
     and, backward, their gradient.
 
     Collectives, with C chunks of the rows looked at: the exchange of each chunk forward, one all-reduce of each
-    chunk's hidden gradient backward (while the next chunk is computed). With ``sequence_parallel`` one all-gather of
-    the hidden states forward and one backward, and one reduce-scatter of their gradient instead of the all-reduces.
+    chunk's hidden gradient backward, both while the next chunk is computed. With ``sequence_parallel`` one all-gather
+    of the hidden states forward and one backward, and one reduce-scatter of their gradient instead of the all-reduces.
 
     Args:
         hidden: ``[..., H]`` bf16, fp16, fp32 or fp64, the same on every rank of ``group``; with
@@ -219,10 +219,20 @@ def _statistics(
     entropy, squares = layer.plan.want_entropy or "entropy" in gate.needs, "sum_p_squared" in gate.needs
     names = ["maximum", "sum_exp", "ce"] + ["entropy"] * entropy + ["sum_p_squared"] * squares
     found = {name: torch.zeros(target.shape, dtype=compute_dtype(rows), device=rows.device) for name in names}
-    for part, _, logits in layer.chunks(rows, weight, target, keep):
-        seen = look(logits, target[part], layer.plan, entropy=entropy, squares=squares)
+
+    def note(part: slice, finish: Callable[[], Seen]) -> None:
+        seen = finish()
         for name, column in found.items():
             column[part] = getattr(seen if name in ("maximum", "sum_exp") else seen.stats, name)
+
+    pending = None  # a chunk's exchange is on its way while the next chunk's logits are made
+    for part, _, logits in layer.chunks(rows, weight, target, keep):
+        begun = begin_look(logits, target[part], layer.plan, entropy=entropy, squares=squares)
+        if pending is not None:
+            note(*pending)
+        pending = part, begun
+    if pending is not None:
+        note(*pending)
     return found
 
 

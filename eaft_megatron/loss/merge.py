@@ -28,16 +28,13 @@ class Merged(NamedTuple):
     sum_exp_squared: Tensor | None
 
 
-def merge_packed(
-    local: Tensor, k_local: int, k: int, group: dist.ProcessGroup | None, *, dtype: torch.dtype | None = None
-) -> Merged:
-    """Merge ``[N, k_local + 2 (+ 1)]`` statistics with a single all-gather; bitwise equal on every rank.
+def merge_packed(gathered: Message, k_local: int, k: int, dtype: torch.dtype) -> Merged:
+    """Merge every rank's message, from a single all-gather; bitwise equal on every rank.
 
-    ``dtype``: that of the logits, in which the logits among the statistics travel (they are exact in it, so every bit
-    of the result stays what it was); None for the statistics' own.
+    The logits among the statistics travel in their own dtype (they are exact in it, so no bit of the result depends on
+    it); ``dtype`` is the one to compute in.
     """
-    gathered = Message.of(local, k_local, dtype or local.dtype).gather(group)
-    values = gathered.values.to(local.dtype)  # [tp, N, k_local + 1]
+    values = gathered.values.to(dtype)  # [tp, N, k_local + 1]
     topk = _largest_of_all(values[:, :, :k_local], k)
     rescale = _rescale(values[:, :, 0], topk[:, 0])
     squares = _sum_in_rank_order(gathered.sums[:, 1] * rescale.square()) if gathered.rows > 1 else None
@@ -62,7 +59,7 @@ def merge_split(
 
     The weight of an entropy gate is bitwise equal on every rank, since it comes from the gathered values alone; the
     cross entropy is wherever the all-reduce is deterministic. ``owned``: ``[N]``, whether this rank holds the target.
-    ``dtype``: as in :func:`merge_packed`.
+    ``dtype``: that of the logits, in which they travel; None for the statistics' own.
     """
     topk = merge_topk(local[:, :k_local], k, group, dtype=dtype)
     rescale = _rescale(local[:, 0], topk[:, 0])
@@ -77,7 +74,7 @@ def merge_split(
 def merge_topk(local: Tensor, k: int, group: dist.ProcessGroup | None, *, dtype: torch.dtype | None = None) -> Tensor:
     """``[N, k]`` largest logits of all ranks, descending, from each rank's ``[N, k_local]``: one all-gather.
 
-    ``dtype``: as in :func:`merge_packed`.
+    ``dtype``: as in :func:`merge_split`.
     """
     narrow = local.to(dtype or local.dtype).contiguous()
     gathered = all_gather_rows(narrow.view(torch.uint8), group)  # as bytes: not every backend knows every dtype

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import all_gather_rows
+from eaft_megatron.loss.collectives import start_all_gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,12 @@ class Message:
 
     def gather(self, group: dist.ProcessGroup | None) -> Message:
         """Every rank's message, in rank order: one all-gather."""
-        return dataclasses.replace(self, buffer=all_gather_rows(self.buffer, group))
+        return self.send(group)()
+
+    def send(self, group: dist.ProcessGroup | None) -> Callable[[], Message]:
+        """:meth:`gather`, begun: what it returns waits for the other ranks' messages."""
+        arrived = start_all_gather_rows(self.buffer, group)
+        return lambda: dataclasses.replace(self, buffer=arrived())
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,6 +5,7 @@ The autograd functions of vocab_parallel.py (whole logits) and linear.py (logits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from eaft_megatron.loss import torch_impl
 from eaft_megatron.loss.gates import GateOutput
 from eaft_megatron.loss.merge import Merged, merge_packed, merge_split, topk_entropy
+from eaft_megatron.loss.message import Message
 from eaft_megatron.loss.plan import Plan, outside_vocabulary
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.torch_impl import Spans, local_statistics, spans_of
@@ -42,6 +44,14 @@ def look(rows: Tensor, target: Tensor, plan: Plan, *, entropy: bool, squares: bo
         plan: the checked arguments.
         entropy: whether the entropy is needed.
         squares: whether sum_p_squared is.
+    """
+    return begin_look(rows, target, plan, entropy=entropy, squares=squares)()
+
+
+def begin_look(rows: Tensor, target: Tensor, plan: Plan, *, entropy: bool, squares: bool) -> Callable[[], Seen]:
+    """:func:`look` with the logits read and the packed exchange on its way; what it returns does the rest.
+
+    ``rows`` may be overwritten as soon as this returns.
     """
     return (_look_triton if plan.triton else _look_torch)(rows, target, plan, entropy, squares)
 
@@ -86,7 +96,7 @@ def outputs_of(ctx, output: GateOutput, stats: TokenStats) -> tuple[Tensor | Non
     return loss, *extra
 
 
-def _look_torch(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> Seen:
+def _look_torch(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> Callable[[], Seen]:
     """The forward pass in plain torch."""
     spans = keep = None
     if plan.compact:
@@ -95,45 +105,57 @@ def _look_torch(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares
     looked_at = target if keep is None else target[keep]
     k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)  # the maximum is needed in any case
     local = local_statistics(rows, looked_at, plan.shard, k_local, spans=spans, sum_squares=squares)
-    if plan.exchange == "packed":
-        merged = merge_packed(local, k_local, k, plan.group, dtype=rows.dtype)
-    else:
-        owned = plan.shard.local_index(looked_at)[1]
-        merged = merge_split(local, k_local, k, owned, plan.group, dtype=rows.dtype)
-    stats = _token_stats(merged, target, keep, plan, entropy)
-    return Seen(stats, merged.topk[:, 0].clone(), merged.sum_exp, spans, keep)
+    dtype = rows.dtype
+    packed = plan.exchange == "packed"
+    arrived = Message.of(local, k_local, dtype).send(plan.group) if packed else None
+
+    def finish() -> Seen:
+        if packed:
+            merged = merge_packed(arrived(), k_local, k, local.dtype)
+        else:
+            owned = plan.shard.local_index(looked_at)[1]
+            merged = merge_split(local, k_local, k, owned, plan.group, dtype=dtype)
+        stats = _token_stats(merged, target, keep, plan, entropy)
+        return Seen(stats, merged.topk[:, 0].clone(), merged.sum_exp, spans, keep)
+
+    return finish
 
 
-def _look_triton(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> Seen:
+def _look_triton(rows: Tensor, target: Tensor, plan: Plan, entropy: bool, squares: bool) -> Callable[[], Seen]:
     """The forward pass by the kernels; with the split exchange they do the local part alone."""
     from eaft_megatron.loss import triton_impl
 
     k_local, k = (plan.k_local, plan.k) if entropy else (1, 1)
-    ignored = plan.ignore_index
+    ignored, dtype = plan.ignore_index, rows.dtype
     message = triton_impl.local_message(rows, target, plan.shard, k_local, ignore_index=ignored, sum_squares=squares)
-    if plan.exchange == "split":
-        owned = plan.shard.local_index(target)[1] & (target != ignored)
-        merged = merge_split(message.statistics(), k_local, k, owned, plan.group, dtype=rows.dtype)
-        return Seen(_token_stats(merged, target, None, plan, entropy), merged.topk[:, 0].clone(), merged.sum_exp)
-    found = triton_impl.merge_message(
-        message,
-        target,
-        k_local=k_local,
-        k=k,
-        vocab_size=plan.vocab_size,
-        ignore_index=ignored,
-        entropy=entropy,
-        group=plan.group,
-    )
-    stats = TokenStats(
-        ce=found["ce"],
-        entropy=found.get("entropy"),
-        weight=None,
-        valid=target != ignored,
-        topk=plan.k,
-        sum_p_squared=found.get("sum_p_squared"),
-    )
-    return Seen(stats, found["maximum"], found["sum_exp"])
+    packed = plan.exchange == "packed"
+    arrived = message.send(plan.group) if packed else None
+
+    def finish() -> Seen:
+        if not packed:
+            owned = plan.shard.local_index(target)[1] & (target != ignored)
+            merged = merge_split(message.statistics(), k_local, k, owned, plan.group, dtype=dtype)
+            return Seen(_token_stats(merged, target, None, plan, entropy), merged.topk[:, 0].clone(), merged.sum_exp)
+        found = triton_impl.merge_message(
+            arrived(),
+            target,
+            k_local=k_local,
+            k=k,
+            vocab_size=plan.vocab_size,
+            ignore_index=ignored,
+            entropy=entropy,
+        )
+        stats = TokenStats(
+            ce=found["ce"],
+            entropy=found.get("entropy"),
+            weight=None,
+            valid=target != ignored,
+            topk=plan.k,
+            sum_p_squared=found.get("sum_p_squared"),
+        )
+        return Seen(stats, found["maximum"], found["sum_exp"])
+
+    return finish
 
 
 def _token_stats(merged: Merged, target: Tensor, keep: Tensor | None, plan: Plan, entropy: bool) -> TokenStats:

@@ -57,7 +57,7 @@ def local_message(
 
 
 def merge_message(
-    message: Message,
+    gathered: Message,
     target: Tensor,
     *,
     k_local: int,
@@ -65,18 +65,16 @@ def merge_message(
     vocab_size: int,
     ignore_index: int,
     entropy: bool,
-    group: dist.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """The whole vocabulary's numbers of each token, from one all-gather: bitwise equal on every rank.
+    """The whole vocabulary's numbers of each token, from every rank's message: bitwise equal on every rank.
 
     Returns:
         ``[N]`` float32 by name: "maximum", "sum_exp" (relative to it), "ce", "entropy" (nats) if asked for, and
         "sum_p_squared" if the message has it. Ignored tokens hold 0 (1 as "sum_exp"); a target outside the vocabulary
         gives a NaN "ce".
     """
-    names = ["maximum", "sum_exp", "ce"] + ["entropy"] * entropy + ["sum_p_squared"] * (message.rows > 1)
-    out = {name: torch.empty(message.tokens, dtype=torch.float32, device=target.device) for name in names}
-    gathered = message.gather(group)
+    names = ["maximum", "sum_exp", "ce"] + ["entropy"] * entropy + ["sum_p_squared"] * (gathered.rows > 1)
+    out = {name: torch.empty(gathered.tokens, dtype=torch.float32, device=target.device) for name in names}
     with _device_of(target):
         launch_merge(
             gathered.values,

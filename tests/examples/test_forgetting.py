@@ -136,7 +136,7 @@ def _own_loss(model: Path, rows: list[dict]) -> float:
     total, tokens = 0.0, 0
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+        whole = tokenizer.apply_chat_template(row["messages"], tokenize=False).removesuffix("\n")  # behind <|im_end|>
         start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([tokenizer(whole, add_special_tokens=False)["input_ids"]])
         labels = ids.clone()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eaft_megatron.hooks import LossSettings, install, uninstall, wrap_forward_step
-from eaft_megatron.hooks.deferred_logits import DeferredLogits
+from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring
 from eaft_megatron.testing import run_distributed
 
 if importlib.util.find_spec("megatron") is None:
@@ -197,42 +197,38 @@ def _check_frozen_output_layer(model, batch, hook) -> None:
 
 def _check_refusals(model, batch, hook) -> None:
     layer = model.output_layer
-    for name, value, message in (
-        ("bias", torch.zeros(96), "with a bias"),
-        ("gather_output", True, "gathers its logits"),
-        ("disable_grad_reduce", True, "disable_grad_reduce"),
+
+    def refused(message: str) -> None:
+        with pytest.raises(ValueError, match=f"--eaft-linear-chunk.*{message}"), deferring(model):
+            pass
+
+    for owner, name, value, message in (
+        (layer, "bias", torch.nn.Parameter(torch.zeros(96)), "cannot serve .* with a bias"),
+        (layer, "gather_output", True, "cannot serve .* gathers its logits"),
+        (layer, "disable_grad_reduce", True, "cannot serve .* disable_grad_reduce"),
+        (model.config, "defer_embedding_wgrad_compute", True, "cannot serve --defer-embedding-wgrad-compute"),
+        (model.config, "config_logger_dir", "logs", "cannot serve --config-logger-dir"),
     ):
-        before = getattr(layer, name)
-        setattr(layer, name, torch.nn.Parameter(value) if name == "bias" else value)
-        with pytest.raises(ValueError, match=f"--eaft-linear-chunk cannot serve .*{message}"):
-            _call(model, batch)
-        setattr(layer, name, before)
-    for name, value in (("defer_embedding_wgrad_compute", True), ("config_logger_dir", "logs")):
-        before = getattr(model.config, name)
-        setattr(model.config, name, value)
-        with pytest.raises(ValueError, match="--eaft-linear-chunk cannot serve --" + name.replace("_", "-")):
-            _call(model, batch)
-        setattr(model.config, name, before)
+        before = getattr(owner, name)
+        setattr(owner, name, value)
+        refused(message)
+        setattr(owner, name, before)
+    kind = type(layer)
+    layer.__class__ = type("LoRAOutput", (kind,), {"forward": lambda self, *args, **kwargs: None})
+    refused("LoRAOutput, computes in its own way")
+    layer.__class__ = kind
+    layer.forward = layer.forward
+    refused("computes in its own way")
+    del layer.forward
     layer.weight.__fsdp_param__ = True
     with pytest.raises(ValueError, match="as a plain tensor"):
         _call(model, batch)
     del layer.weight.__fsdp_param__
-    adapted = type("LoRAOutput", (type(layer),), {"forward": lambda self, *args, **kwargs: None})
-    kind, layer.__class__ = type(layer), adapted
-    with pytest.raises(ValueError, match="LoRAOutput, computes in its own way"):
-        _call(model, batch)
-    layer.__class__ = kind
-    layer.forward = layer.forward
-    with pytest.raises(ValueError, match="computes in its own way"):
-        _call(model, batch)
-    del layer.forward
-    deferred, hook.compute = (
-        hook.compute,
-        lambda self, labels, logits, original: deferred(self, labels, logits.whole(), original),
-    )
+    own = hook.compute
+    hook.compute = lambda self, labels, logits, original: own(self, labels, logits.whole(), original)
     with pytest.raises(ValueError, match="its logits are whole already"):
         _call(model, batch)
-    hook.compute = deferred
+    hook.compute = own
     assert _call(model, batch).isfinite().all()
 
 

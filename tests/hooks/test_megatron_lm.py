@@ -45,7 +45,7 @@ def test_flags_become_a_hook(megatron, monkeypatch):
     args = _start(megatron, monkeypatch, "--loss-type", "eaft", "--eaft-topk", "10", "--true-vocab-size", "90")
     assert installed().settings == LossSettings("eaft", topk=10, true_vocab_size=90)
     ours = {name: value for name, value in vars(args).items() if name.startswith(("eaft", "loss_t", "talr", "sft_kl"))}
-    assert len(ours) >= 9 and all(type(value) in (str, int, float, type(None)) for value in ours.values())
+    assert len(ours) >= 9 and all(type(value) in (str, int, float, bool, type(None)) for value in ours.values())
 
 
 def test_the_vocabulary_is_that_of_the_checkpoint(megatron, monkeypatch, tmp_path):

@@ -173,13 +173,6 @@ def test_the_weight_is_the_torch_paths():
             torch.testing.assert_close(kernel, plain, rtol=1e-6, atol=1e-12, equal_nan=True, msg=case.name)
 
 
-class _Gathered(Message):
-    """Already what an all-gather would make of it."""
-
-    def gather(self, group) -> Message:
-        return self
-
-
 def _merged_at(sizes, full, target, k: int, vocab: int) -> dict:
     """The merge kernel on the messages of all ranks, without a process group: what each of them would compute."""
     from eaft_megatron.loss import triton_impl
@@ -192,9 +185,9 @@ def _merged_at(sizes, full, target, k: int, vocab: int) -> dict:
         for rank in range(size):
             rows, shard = shard_rows(full, rank, size, vocab)
             parts.append(triton_impl.local_message(rows, target, shard, k_local, sum_squares=True))
-        gathered = _Gathered(**vars(parts[0]) | {"buffer": torch.stack([part.buffer for part in parts])})
+        gathered = dataclasses.replace(parts[0], buffer=torch.stack([part.buffer for part in parts]))
         found = triton_impl.merge_message(
-            gathered, target, k_local=k_local, k=k, vocab_size=vocab, ignore_index=-100, entropy=True, group=None
+            gathered, target, k_local=k_local, k=k, vocab_size=vocab, ignore_index=-100, entropy=True
         )
         out[size] = {name: value.cpu() for name, value in found.items()}
     return out

@@ -264,14 +264,27 @@ def test_every_gate_over_chunks_and_data_parallel_ranks():
         assert all(difference < 1e-11 for difference in differences.values()), differences
 
 
+class _Noted:
+    """A handle that notes when it is waited on."""
+
+    def __init__(self, handle, calls: list[str]) -> None:
+        self.handle, self.calls = handle, calls
+
+    def wait(self) -> None:
+        self.calls.append("waited")
+        self.handle.wait()
+
+
 def _count_collectives() -> list[tuple[list[str], list[str]]]:
-    """Names of the torch.distributed calls made forward and backward: plain, sequence parallel, nothing valid."""
+    """Names of the torch.distributed calls made forward and backward, and "waited" for exchanges: plain, sequence
+    parallel, nothing valid."""
     calls: list[str] = []
 
     def counted(original, name):
         def call(*args, **kwargs):
             calls.append(name)
-            return original(*args, **kwargs)
+            handle = original(*args, **kwargs)
+            return _Noted(handle, calls) if name == "all_gather" else handle
 
         return call
 
@@ -298,11 +311,14 @@ def _count_collectives() -> list[tuple[list[str], list[str]]]:
 
 
 def test_collectives_are_those_promised():
-    """Five valid tokens in chunks of two: three exchanges; backward one sum a chunk, or gather and reduce-scatter."""
+    """Five valid tokens in chunks of two: three exchanges, each on its way while the next chunk's logits are made and
+    read; backward one sum a chunk, or gather and reduce-scatter."""
+    gathered = ["all_gather", "waited"]
+    exchanged = ["all_gather", *gathered, "all_gather", "waited", "waited"]
     for rank in _run(2):
         plain, sequence_parallel, nothing = rank["collectives"]
-        assert plain == (["all_gather"] * 3, ["all_reduce"] * 3)
-        assert sequence_parallel == (["all_gather"] * 4, ["all_gather", "reduce_scatter"])
+        assert plain == (exchanged, ["all_reduce"] * 3)
+        assert sequence_parallel == (gathered + exchanged, [*gathered, "reduce_scatter"])
         assert nothing == ([], [])
 
 
