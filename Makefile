@@ -1,4 +1,5 @@
 # make demo       a real model, tensor parallel, EAFT and SFT side by side; under 10 minutes on 2 cores
+# make forgetting every method on clean and conflicting data, three seeds: what is learnt, what is forgotten; an hour
 # make test       the tests, without the slow ones
 # make test-all   all of them, as .ci/run does
 # make lint       ruff
@@ -11,11 +12,13 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 DEMO_DIR ?= demo-out
 DEMO_FLAGS ?=
+FORGETTING_DIR ?= forgetting-out
+FORGETTING_FLAGS ?=
 
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all test-megatron-training lint clean
+.PHONY: demo forgetting test test-all test-megatron-training lint clean
 
 # A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
 # CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
@@ -35,6 +38,9 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo/demo.py --output $(DEMO_DIR) $(DEMO_FLAGS)
+
+forgetting: $(VENV)/.demo
+	$(BIN)/python examples/forgetting/experiment.py --output $(FORGETTING_DIR) $(FORGETTING_FLAGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
@@ -59,4 +65,4 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) $(FORGETTING_DIR) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -23,7 +23,7 @@ _MEANS = {"linear_chunk": "eaft_linear_chunk", "linear_drop_ignored": "eaft_line
 
 
 def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the loss flags in a group of their own. Values stay str, int, float or bool: Megatron pickles its arguments."""
+    """Add the loss flags in a group of their own. Values stay plain numbers and strings: Megatron pickles them."""
     group = parser.add_argument_group("eaft", "entropy-adaptive fine-tuning (arXiv 2601.02151) and its baselines")
 
     def add(flag: str, kind: type, metavar: str, text: str, default: float | None = None) -> None:

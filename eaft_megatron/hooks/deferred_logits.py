@@ -20,7 +20,7 @@ class DeferredLogits:
     """Stands for ``scale * hidden @ weight.T``, ``[s, b, V/tp]``.
 
     Whatever treats it as a tensor (a multi-token-prediction head with its own loss, a metric) gets the logits
-    themselves, made by the output layer's own code, once.
+    themselves, made by the output layer's own code, once. They are a copy: to change them in place is an error.
 
     Attributes:
         layer: the output layer.
@@ -35,12 +35,14 @@ class DeferredLogits:
         self.layer, self.hidden, self.weight, self.scale = layer, hidden, weight, scale
         self._compute = compute
         self._whole: Tensor | None = None
+        self._differentiable = False
 
     def whole(self) -> Tensor:
-        """The logits."""
-        if self._whole is None:
+        """The logits; differentiable where gradients are on, whoever looked at them before."""
+        if self._whole is None or torch.is_grad_enabled() > self._differentiable:
             logits = self._compute()
             self._whole = logits if self.scale == 1 else logits * self.scale
+            self._differentiable = torch.is_grad_enabled()
         return self._whole
 
     def __mul__(self, factor: Any) -> DeferredLogits | Tensor:
@@ -50,9 +52,26 @@ class DeferredLogits:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: Any) -> DeferredLogits | Tensor:
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else self.whole() / divisor
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.whole()[index]
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.whole() + other
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.whole() - other
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name.endswith("_"):
+            raise ValueError(
+                f"--eaft-linear-chunk: something changes the logits in place ({name}) before the loss is made of them, "
+                "which would see nothing of it: leave the flag out"
+            )
         return getattr(self.whole(), name)
 
     @classmethod
@@ -116,10 +135,13 @@ def _check_layer(layer: torch.nn.Module, config: Any) -> None:
             "--eaft-linear-chunk takes the place of megatron-core's ColumnParallelLinear, and the output layer here, a "
             f"{own.__name__}, computes in its own way (an adapter, another precision, a fused loss): leave the flag out"
         )
+    if layer.weight is not None:
+        _check_weight(layer.weight)
     for applies, what in (
         (layer.bias is not None, "an output layer with a bias"),
         (layer.gather_output, "an output layer that gathers its logits (parallel_output=False)"),
         (getattr(layer, "disable_grad_reduce", False), "an output layer with disable_grad_reduce"),
+        (getattr(layer, "output_dtype", None) not in (None, config.params_dtype), "--logit-dtype"),
         (getattr(layer, "gtp_remat_size", 1) > 1, "an output layer whose weight is spread over a further group"),
         (getattr(config, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute"),
         (getattr(config, "config_logger_dir", ""), "--config-logger-dir, which writes whole logits"),
@@ -129,7 +151,8 @@ def _check_layer(layer: torch.nn.Module, config: Any) -> None:
 
 
 def _check_weight(weight: Tensor) -> None:
-    if hasattr(weight, "__fsdp_param__") or type(weight) not in (Tensor, torch.nn.Parameter):
+    sharded = hasattr(weight, "__fsdp_param__") or getattr(weight, "is_torch_fsdp2_param", False)
+    if sharded or type(weight) not in (Tensor, torch.nn.Parameter):
         raise ValueError(
             f"--eaft-linear-chunk needs the output layer's weight as a plain tensor until the loss is there, and got a "
             f"{type(weight).__name__} that is sharded (FSDP) or quantised: leave the flag out"

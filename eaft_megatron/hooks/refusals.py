@@ -49,12 +49,23 @@ _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
     ),
 )
 
+_REFUSED_WITH_CHUNKS = {  # Megatron's argument -> its flag
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_custom_fsdp": "--use-custom-fsdp",
+    "defer_embedding_wgrad_compute": "--defer-embedding-wgrad-compute",
+    "config_logger_dir": "--config-logger-dir",
+}
+
 
 def refuse_unsupported(args: argparse.Namespace) -> None:
     """``ValueError`` naming the first flag that takes the loss elsewhere, and the way out."""
     for applies, message in _REFUSED:
         if applies(args):
             raise ValueError(f"--loss-type {args.loss_type}: {message}; or train with --loss-type sft")
+    for name, flag in _REFUSED_WITH_CHUNKS.items() if args.eaft_linear_chunk else ():
+        if getattr(args, name, None):
+            raise ValueError(f"--eaft-linear-chunk cannot serve {flag}: leave one of them out")
 
 
 def turns_off_nan_check(args: argparse.Namespace, version: tuple[int, int]) -> bool:

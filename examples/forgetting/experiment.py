@@ -34,6 +34,7 @@ import tasks  # noqa: E402
 METHODS = ("sft", "eaft", "dft", "talr", "flow", "sft-kl")
 BASE = "base"
 GENERAL_TOKENS = 256  # of each general text
+_OVERLONG = {True: "truncate", False: "error"}  # a general text is cut, a held-out answer never
 TRAINING = ("train_iters", "lr", "seq_length", "global_batch_size", "dtype")  # what a result depends on
 
 
@@ -80,18 +81,20 @@ def run_one(run: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
     model, statistics = options.model, {}
     with (folder / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        if run["method"] != BASE:
-            statistics = _train(run, options, folder)
-            model = folder / "hf"
-        trained = time.monotonic()
-        sets = evaluation_sets(run["task"], options.output)
-        measured = evaluate(model, sets, dtype=options.dtype, device=options.device)
+        try:
+            if run["method"] != BASE:
+                statistics = _train(run, options, folder)
+                model = folder / "hf"
+            trained = time.monotonic()
+            sets = evaluation_sets(run["task"], options.output)
+            measured = evaluate(model, sets, dtype=options.dtype, device=options.device)
+        except (Exception, SystemExit) as error:
+            raise RuntimeError(f"{run_name(run)} failed: {error!r}; see {folder / 'log.txt'}") from error
     result = {
         **run,
         **measured,
         **statistics,
-        "training": {name: getattr(options, name) for name in TRAINING},
-        "inputs": options.inputs,
+        **_depends_on(options),
         "train_seconds": round(trained - began, 1),
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -106,20 +109,25 @@ def _finished(folder: Path, run: dict[str, Any], options: argparse.Namespace) ->
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    wanted = {**run, "training": {name: getattr(options, name) for name in TRAINING}, "inputs": options.inputs}
+    wanted = {**run, **_depends_on(options)}
     return result if all(result.get(key) == value for key, value in wanted.items()) else None
 
 
+def _depends_on(options: argparse.Namespace) -> dict[str, Any]:
+    """What else decides a result: settings, input files, model, and what computes."""
+    settings = {name: getattr(options, name) for name in TRAINING}
+    return {"training": settings, "inputs": options.inputs, "made_by": options.made_by}
+
+
 def _train(run: dict[str, Any], options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train; returns the mean weight, the conflict rate and the tokens over all iterations."""
+    """Train; returns the mean weight, the mean plain loss and the tokens over all iterations."""
     from eaft_megatron import train
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     if train.main(train_flags(run, options, folder)):
-        lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-        raise RuntimeError(f"{run_name(run)} failed: {lines[-1] if lines else ''} ({folder / 'log.txt'})")
+        raise RuntimeError("training stopped")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokens = sum(row["tokens"] for row in rows)
     means = {name: sum(row[name] * row["tokens"] for row in rows) / tokens for name in ("eaft weight", "lm loss")}
@@ -137,7 +145,7 @@ def prepare_inputs(options: argparse.Namespace) -> dict[str, Any]:
         command = ["prepare", "--input", f"{output / name}.jsonl", "--tokenizer", options.model]
         length = min(options.seq_length, GENERAL_TOKENS) if name == "general" else options.seq_length
         command += ["--seq-length", length, "--num-workers", 1, "--output", output / "prepared" / name]
-        _step(command if name in training else [*command, "--no-pack"])
+        _step(command if name in training else [*command, "--no-pack", "--overlong", _OVERLONG[name == "general"]])
     device = ["--device", "cpu"] if options.device == "cpu" else []
     for name in training:
         folder = output / "prepared" / name
@@ -153,7 +161,7 @@ def _step(arguments: list[Any]) -> None:
     command = [str(argument) for argument in arguments]
     print("== eaft-megatron", *command, flush=True)
     if main(command):
-        raise SystemExit(1)
+        raise RuntimeError("stopped; what another model or other settings left in --output needs another --output")
 
 
 def conflict_shares(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -187,7 +195,6 @@ def machine(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "device": name,
         "capability": None if options.device == "cuda" else torch.backends.cpu.get_cpu_capability(),
-        "jobs": options.jobs,
         "threads_per_job": options.threads,
         "torch": torch.__version__,
         "eaft_megatron": __version__,
@@ -261,6 +268,10 @@ def main(argv: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     try:
         record = prepare_inputs(options)
+        from eaft_megatron.analysis.model_record import model_record
+
+        model = {key: value for key, value in model_record(options.model).items() if key != "name"}
+        options.made_by = {**machine(options), "model": model}
         options.inputs = {name: file["sha256"] for name, file in record["files"].items()}
         runs = run_all(options)
     except (tasks.demo.DemoError, RuntimeError) as error:
@@ -268,13 +279,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     results = {
         "command": " ".join(["python examples/forgetting/experiment.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": machine(options),
+        "machine": options.made_by,
+        "jobs": options.jobs,
         "training": {name: getattr(options, name) for name in TRAINING},
         "seeds": options.seeds,
         "inputs": record,
         "conflicts": conflict_shares(options),
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "runs": [{key: value for key, value in run.items() if key not in ("inputs", "training")} for run in runs],
+        "minutes_of_this_start": round((time.monotonic() - began) / 60, 1),
+        "minutes_of_all_runs": round(sum(run["seconds"] for run in runs) / 60, 1),  # one after another
+        "runs": [{key: value for key, value in run.items() if key not in _depends_on(options)} for run in runs],
     }
     outcome.write_whole(options.output / "results.json", json.dumps(results, indent=2) + "\n")
     return outcome.main(["--results", str(options.output / "results.json"), "--output", str(options.output)])

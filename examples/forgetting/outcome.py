@@ -28,14 +28,14 @@ Run = dict[str, Any]
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation (0 for a single value)."""
+    """Mean and sample standard deviation, None for a single value."""
 
     mean: float
-    deviation: float
+    deviation: float | None
 
 
 def spread(values: list[float]) -> Spread:
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
 
 class Setting(NamedTuple):
@@ -104,11 +104,11 @@ def table(results: dict[str, Any]) -> str:
 
 
 def _signed(value: Spread, digits: int) -> str:
-    return f"{value.mean:+.{digits}f} ± {value.deviation:.{digits}f}"
+    return f"{value.mean:+.{digits}f}" + ("" if value.deviation is None else f" ± {value.deviation:.{digits}f}")
 
 
 def _percent(value: Spread) -> str:
-    return f"{value.mean:.1%} ± {100 * value.deviation:.1f}"
+    return f"{value.mean:.1%}" + ("" if value.deviation is None else f" ± {100 * value.deviation:.1f}")
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -139,7 +139,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         _draw_setting(axes, setting)
     for axes in panels.flat[len(found) :]:
         axes.set_visible(False)
-    model = f"{len(results['seeds'])} seeds, bars: one standard deviation, small dots: single runs"
+    model = f"{len(results['seeds'])} seed(s), bars: one standard deviation, small dots: single runs"
     figure.suptitle(f"Gained on held-out chats against lost on general text ({model}); best is down right")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -158,7 +158,7 @@ def _draw_setting(axes: Any, setting: Setting) -> None:
             x.mean, y.mean, xerr=x.deviation, yerr=y.deviation, fmt="o", color=colour, capsize=3, label=method
         )
     corner = [means[name] for name in front(means)]
-    axes.step(*zip(*corner, strict=True), where="post", color="#999999", linewidth=1, linestyle="--", zorder=0)
+    axes.step(*zip(*corner, strict=True), where="pre", color="#999999", linewidth=1, linestyle="--", zorder=0)
     axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.set(
         title=f"{TASKS[setting.task]}: {DATA[setting.data]}",
@@ -184,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         results = json.loads(options.results.read_text(encoding="utf-8"))
         text = table(results)
-    except (OSError, ValueError) as error:
-        print(f"outcome: {error}", file=sys.stderr)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"outcome: {options.results}: {error!r}", file=sys.stderr)
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     write_whole(options.output / "table.md", text)

@@ -8,7 +8,7 @@ score of a model that has seen them. Model, BFCL chats and general text are the 
 
 The conflict set of a task is its clean training set with about half of the answers falsified, all of them in form
 what they were (`falsified`): in a call, every argument value becomes another one of its kind; in a solution, every
-digit becomes another digit. Held-out chats are never falsified.
+digit becomes another digit. A call without arguments stays as it is. Held-out chats are never falsified.
 """
 
 import argparse
@@ -88,10 +88,12 @@ def _other_value(value: Any, strings: list[str], key: str) -> Any:
         return {name: _other_value(item, strings, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list):
         return [_other_value(item, strings, f"{key}.{i}") for i, item in enumerate(value)]
-    if isinstance(value, bool) or value is None:
-        return value is False
+    if value is None:
+        return None
+    if isinstance(value, bool):
+        return not value
     if isinstance(value, str):
-        others = [text for text in strings if text != value]
+        others = [text for text in strings if text != value] or [f"not {value}"]
         return others[stable_hash(f"{key}={value}") % len(others)]
     return type(value)(_other_digits(repr(value), key))
 

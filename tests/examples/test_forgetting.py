@@ -123,17 +123,23 @@ def test_table_has_means_spreads_and_paired_differences():
         outcome.table(_results({"sft": (0.1, 0.2, 0.3), "eaft": (0.0, 0.2)}))
 
 
+def test_one_seed_has_no_spread():
+    results = _results({"sft": (0.1,)})
+    results["seeds"] = [1]
+    assert "±" not in outcome.table(results)
+
+
 def test_front_is_what_nothing_beats():
     points = {"much": (3.0, 2.0), "beaten": (1.0, 1.5), "some": (2.0, 1.0), "none": (0.0, 0.0), "twin": (2.0, 1.0)}
     assert outcome.front(points) == ["none", "some", "twin", "much"]
 
 
-def _own_loss(model: Path, rows: list[dict]) -> float:
-    """Mean cross entropy of the answers: rendered, tokenized and averaged here, one row at a time."""
+def _own_metrics(model: Path, rows: list[dict]) -> dict[str, float]:
+    """Mean cross entropy, accuracy and exact answers: rendered, tokenized and averaged here, one row at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
-    total, tokens = 0.0, 0
+    total, tokens, right, exact = 0.0, 0, 0, 0
     for row in rows:
         prompt = tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(row["messages"], tokenize=False).removesuffix("\n")  # behind <|im_end|>
@@ -142,9 +148,11 @@ def _own_loss(model: Path, rows: list[dict]) -> float:
         labels = ids.clone()
         labels[:, :start] = -100
         with torch.no_grad():
-            total += float(network(input_ids=ids, labels=labels).loss) * (ids.shape[1] - start)
-        tokens += ids.shape[1] - start
-    return total / tokens
+            out = network(input_ids=ids, labels=labels)
+        hits = out.logits[0, start - 1 : -1].argmax(-1) == ids[0, start:]
+        total += float(out.loss) * len(hits)
+        tokens, right, exact = tokens + len(hits), right + int(hits.sum()), exact + bool(hits.all())
+    return {"loss": total / tokens, "accuracy": right / tokens, "exact": exact / len(rows)}
 
 
 @pytest.mark.slow
@@ -174,7 +182,8 @@ def test_the_experiment_at_toy_length(tmp_path):
     runs = {(row["method"], row["seed"]): row for row in results["runs"]}
     assert runs.keys() == {("base", None), *((method, seed) for method in METHODS for seed in (1, 2))}
     base = runs["base", None]
-    assert base["target"]["loss"] == pytest.approx(_own_loss(tmp_path / "model", solutions[40:]), rel=1e-5)
+    for name, value in _own_metrics(tmp_path / "model", solutions[40:]).items():
+        assert base["target"][name] == pytest.approx(value, rel=1e-5), name
     assert base["target"]["rows"] == 20 and base["general"]["rows"] == 5
     for key, row in runs.items():
         if key != ("base", None):
@@ -189,6 +198,10 @@ def test_the_experiment_at_toy_length(tmp_path):
     before = kept.stat().st_mtime_ns
     redone.unlink()
     again = run()
-    assert kept.stat().st_mtime_ns == before and again["runs"][-5]["method"] == results["runs"][-5]["method"]
+    assert kept.stat().st_mtime_ns == before and redone.exists()
     for row, other in zip(results["runs"], again["runs"], strict=True):
         assert (row["target"], row["general"]) == (other["target"], other["general"])
+    other = run("--lr", "1e-3", "--methods", "eaft", "--seeds", "1")
+    assert kept.stat().st_mtime_ns > before and other["runs"][1]["target"] != runs["eaft", 1]["target"]
+    failed = subprocess.run([*command, "--seq-length", "127"], capture_output=True, text=True, timeout=500)
+    assert failed.returncode == 1 and "needs another --output" in failed.stderr

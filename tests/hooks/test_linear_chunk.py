@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 
-from eaft_megatron.hooks import LossSettings, install, uninstall, wrap_forward_step
+from eaft_megatron.hooks import LossSettings, install, loss_hook, uninstall, wrap_forward_step
 from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring
 from eaft_megatron.testing import run_distributed
 
@@ -60,7 +60,8 @@ def _step(tp=1, pp=1, vpp=None, tied=False, distributed=False, settings=WHOLE, c
                 for stage, part in enumerate(model)
                 for name, parameter in part.module.named_parameters()
             }
-            return {"loss": loss, "norm": norm, "gradients": gradients, "evaluation": _evaluation(chunks, batch, pp)}
+            evaluation = _evaluation(chunks, batch, pp)
+            return {"loss": loss, "norm": norm, "gradients": gradients, "evaluation": evaluation, "seen": hook.calls}
     finally:
         uninstall()
 
@@ -80,13 +81,23 @@ def _both(processes: int) -> dict[str, tuple[dict, dict]]:
     def never(self):
         raise AssertionError("the logits were made whole")
 
-    found, whole = {}, DeferredLogits.whole
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["chunk_tokens"])
+        return linear(*args, **kwargs)
+
+    found, whole, linear = {}, DeferredLogits.whole, loss_hook.vocab_parallel_linear_token_loss
+    loss_hook.vocab_parallel_linear_token_loss = counted
     with cpu_standins():
         for name, layout in LAYOUTS[processes].items():
             expected = _step(**layout)
+            assert not calls
             DeferredLogits.whole = never
             found[name] = _step(**layout, chunk=CHUNK), expected
             DeferredLogits.whole = whole
+            found[name][0]["calls"] = list(calls)
+            calls.clear()
     return found
 
 
@@ -96,8 +107,11 @@ def _results(processes: int) -> list[dict[str, tuple[dict, dict]]]:
 
 
 def _assert_same(name: str, processes: int) -> None:
+    assert any(rank[name][0]["calls"] for rank in _results(processes))
     for rank in _results(processes):
         actual, expected = rank[name]
+        # The last stage, in training and (without PP) in evaluation.
+        assert set(actual["calls"]) <= {CHUNK} and bool(actual["calls"]) == bool(expected["seen"])
         assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert actual["norm"] == pytest.approx(expected["norm"], rel=1e-5)
         torch.testing.assert_close(actual["evaluation"], expected["evaluation"], rtol=1e-5, atol=1e-6)
@@ -169,7 +183,11 @@ def _check_other_uses_get_the_logits(model, batch, hook) -> None:
     def looking(self, labels, logits, original):
         self.config.mtp_num_layers = 1
         rolled = labels.roll(-1, 1)
-        seen["tensor"], seen["shape"], seen["sum"] = logits.argmax(-1), logits.shape, torch.sum(logits)
+        with torch.no_grad():  # a metric that comes first must not take the gradient away
+            seen["tensor"], seen["shape"], seen["sum"] = logits.argmax(-1), logits.shape, torch.sum(logits)
+        with pytest.raises(ValueError, match=r"changes the logits in place \(mul_\)"):
+            logits.mul_(2)
+        assert isinstance(logits / 2, DeferredLogits) and torch.equal(logits[0] - 1, (logits - 1)[0])
         seen["head"] = own(self, rolled, logits, original)  # which overwrites them, as it does without us
         self.config.mtp_num_layers = None
         return own(self, labels, logits, original)
@@ -183,7 +201,7 @@ def _check_other_uses_get_the_logits(model, batch, hook) -> None:
     assert torch.equal(seen["tensor"], logits.argmax(-1).T) and seen["shape"] == logits.transpose(0, 1).shape
     torch.testing.assert_close(seen["sum"].detach(), logits.sum(), rtol=1e-4, atol=1e-4)
     (loss.sum() + seen["head"].sum()).backward()
-    assert model.output_layer.weight.grad.isfinite().all()
+    assert model.output_layer.weight.grad.isfinite().all() and seen["head"].requires_grad
     assert "forward" not in vars(model.output_layer), "the output layer is not as it was"
 
 
@@ -220,6 +238,12 @@ def _check_refusals(model, batch, hook) -> None:
     layer.forward = layer.forward
     refused("computes in its own way")
     del layer.forward
+    layer.weight.is_torch_fsdp2_param = True
+    refused("as a plain tensor")
+    del layer.weight.is_torch_fsdp2_param
+    layer.output_dtype = torch.float64
+    refused("cannot serve --logit-dtype")
+    del layer.output_dtype
     layer.weight.__fsdp_param__ = True
     with pytest.raises(ValueError, match="as a plain tensor"):
         _call(model, batch)

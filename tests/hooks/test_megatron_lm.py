@@ -90,6 +90,7 @@ def test_sft_installs_nothing(megatron, monkeypatch):
 @pytest.mark.parametrize(
     "flags, message",
     [
+        (("--eaft-linear-chunk", "64", "--use-torch-fsdp2"), "--eaft-linear-chunk cannot serve --use-torch-fsdp2"),
         (("--use-legacy-models",), "--use-legacy-models computes its loss outside megatron-core"),
         (("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), "--cross-entropy-loss-fusion with"),
         (("--export-kd-teacher-load", "x"), "--export-kd-teacher-load"),

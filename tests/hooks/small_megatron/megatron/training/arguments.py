@@ -9,6 +9,7 @@ def add_megatron_arguments(parser):
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--distributed-backend", default="nccl")
     parser.add_argument("--use-legacy-models", action="store_true")
+    parser.add_argument("--use-torch-fsdp2", action="store_true")
     parser.add_argument("--cross-entropy-loss-fusion", action="store_true")
     parser.add_argument("--cross-entropy-fusion-impl", choices=["native", "te"], default="native")
     parser.add_argument(
