@@ -256,6 +256,7 @@ def _gate_differences() -> dict[str, float]:
     return out
 
 
+@pytest.mark.slow
 def test_every_gate_over_chunks_and_data_parallel_ranks():
     """Percentiles and medians are those of the whole micro-batch over the reduce group, not of a chunk."""
     for rank in _run(4):
