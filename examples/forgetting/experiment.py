@@ -7,8 +7,8 @@ model as it is (`eaft-megatron score`; FLOW and SFT-KL need it), trains every me
 seed (`eaft_megatron.train`), and measures held-out chats and general text before and after (evaluation.py). Writes
 results.json, table.md and pareto.png (outcome.py) into DIR.
 
-Methods differ in --loss-type alone. Killed, the same command goes on after the last finished run. An hour on two CPU
-cores with bfloat16 instructions (AMX), minutes on a GPU. The data are benchmark test data: see tasks.py.
+Methods differ in --loss-type alone. Killed, the same command goes on after the last finished run. About an hour on
+two CPU cores with bfloat16 instructions (AMX); not run on a GPU yet. The data are benchmark test data: see tasks.py.
 """
 
 import argparse
