@@ -2,7 +2,7 @@
 # make forgetting every method on clean and conflicting data, three seeds: what is learnt, what is forgotten; an hour
 # make test       the tests, without the slow ones
 # make test-all   all of them, as .ci/run does
-# make lint       ruff
+# make lint       ruff and mypy
 # make test-megatron-training   megatron-core 0.19.2 and the training loop in its wheel: Python 3.12, CUDA build of torch
 #
 # Everything happens in .venv. Another interpreter: make PYTHON=python3.12. An environment of your own, with torch
@@ -63,6 +63,7 @@ test-megatron-training: $(WHEEL_VENV)/.done
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) $(FORGETTING_DIR) .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) $(FORGETTING_DIR) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
