@@ -155,10 +155,10 @@ def _run_once(device: Cpu | Gpu, out: dict, peer, source, target, upstream, *, m
 @contextmanager
 def traffic() -> Iterator[list[dict]]:
     """Every collective called within the block, with the bytes this rank puts in."""
-    from eaft_megatron.loss import collectives
+    from eaft_megatron.loss import exchange
 
     calls: list[dict] = []
-    places = [(dist, "all_reduce", 0), (collectives, "_all_gather", 1)]
+    places = [(dist, "all_reduce", 0), (exchange, "_all_gather", 1)]
     originals = [getattr(owner, name) for owner, name, _ in places]
 
     def counted(name, original, index):

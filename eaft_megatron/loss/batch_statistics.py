@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import all_gather_rows
+from eaft_megatron.loss.exchange import all_gather_rows
 
 
 def batch_quantile(columns: list[Tensor], valid: Tensor, q: float, group: dist.ProcessGroup | None) -> list[Tensor]:

@@ -7,20 +7,20 @@ gate runs between the two, on all tokens at once, so that statistics of a batch 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eaft_megatron.loss.exchange import Statistics, compute_dtype
 from eaft_megatron.loss.gates import EAFTGate, Gate
-from eaft_megatron.loss.hidden_states import PendingSums, WeightGradient, scatter_sequence_sum
-from eaft_megatron.loss.layer import Layer, check_options, imagined_logits
-from eaft_megatron.loss.passes import Seen, begin_look, outputs_of, write_gradient
-from eaft_megatron.loss.plan import check_target, gate_context, make_plan
+from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
+from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
+from eaft_megatron.loss.linear_inputs import LinearInputs, check_linear_inputs, logits_like
+from eaft_megatron.loss.passes import apply_gate, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import compute_dtype
 
 
 def vocab_parallel_linear_eaft_loss(
@@ -139,66 +139,67 @@ def vocab_parallel_linear_token_loss(
     ``gate``, ``side``, ``sequence_ids`` and ``reduce_group`` are those of
     :func:`eaft_megatron.vocab_parallel_token_loss`; the rest is as in :func:`vocab_parallel_linear_eaft_loss`.
     """
-    if not isinstance(gate, Gate):
-        raise ValueError(f"gate must be a Gate such as EAFTGate(), got {type(gate).__name__}")
-    logits = imagined_logits(hidden, weight, target, group, sequence_parallel)
-    plan = make_plan(logits, group, topk, vocab_size, impl, exchange)
-    check_target(logits, target, plan.vocab_size, ignore_index, validate)
-    gate.check(plan.k)
-    check_options(weight, chunk_tokens, logits_scale, gradient_accumulation_fusion, drop_ignored, max_valid)
-    if max_valid is None and drop_ignored is None:
-        drop_ignored = target.device.type == "cpu"
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    layer = Layer(
-        dataclasses.replace(
-            plan,
-            ignore_index=ignore_index,
-            want_entropy=return_stats,
-            context=gate_context(gate, target, side or {}, sequence_ids, reduce_group),
-        ),
-        chunk=chunk_tokens,
-        scale=logits_scale,
+    plan, bound_gate = check_loss_inputs(
+        logits_like(hidden, weight, target, group, sequence_parallel),
+        target,
+        gate,
+        group=group,
+        side=side,
+        sequence_ids=sequence_ids,
+        reduce_group=reduce_group,
+        topk=topk,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
+        impl=impl,
+        exchange=exchange,
+        validate=validate,
+        return_stats=return_stats,
+    )
+    inputs = check_linear_inputs(
+        plan,
+        weight,
+        chunk_tokens=chunk_tokens,
+        logits_scale=logits_scale,
         sequence_parallel=sequence_parallel,
-        into_main_grad=gradient_accumulation_fusion,
-        weight_grad_dtype=weight_grad_dtype or (torch.float32 if half else weight.dtype),
-        drop=bool(drop_ignored),
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        weight_grad_dtype=weight_grad_dtype,
+        drop_ignored=drop_ignored,
         max_valid=max_valid,
     )
-    loss, *stats = _LinearTokenLoss.apply(hidden, weight, target.reshape(-1), gate, layer)
-    loss = loss.reshape(target.shape)
-    if not return_stats:
-        return loss
-    return loss, TokenStats(*stats[:4], topk=plan.k, sum_p_squared=stats[4]).reshape(target.shape)
+    outputs = _LinearTokenLoss.apply(hidden, weight, target.reshape(-1), inputs, bound_gate)
+    return loss_and_stats(outputs, target.shape, plan, return_stats)
 
 
 class _LinearTokenLoss(torch.autograd.Function):
     """Forward: one matrix product. Backward: three, the first of them the forward's again."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, gate: Gate, layer: Layer):
-        keep = layer.keep(target)
-        looked_at = target if keep is None else target[keep]
-        found = _statistics(layer.rows(hidden), weight, looked_at, keep, gate, layer)
-        stats = _token_stats(found, target, keep, layer)
-        output = gate(stats, layer.plan.context)
-        slope = layer.scale * (output.slope if keep is None else output.slope[keep])
-        ctx.save_for_backward(hidden, weight, looked_at, keep, found["maximum"], found["sum_exp"], slope)
-        ctx.layer, ctx.main_grad = layer, weight.main_grad if layer.into_main_grad else None
-        return outputs_of(ctx, output, stats)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, inputs: LinearInputs, gate: BoundGate
+    ) -> tuple[Tensor | None, ...]:
+        keep = inputs.kept_rows(target)
+        kept_target = target if keep is None else target[keep]
+        statistics = _statistics(inputs.rows(hidden), weight, kept_target, keep, inputs)
+        slope, outputs = apply_gate(ctx, statistics, target, keep, inputs.plan, gate)
+        slope = inputs.logits_scale * slope
+        ctx.save_for_backward(hidden, weight, kept_target, keep, statistics.maximum, statistics.sum_exp, slope)
+        ctx.inputs = inputs
+        ctx.main_grad = weight.main_grad if inputs.gradient_accumulation_fusion else None
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
-        layer, plan = ctx.layer, ctx.layer.plan
-        rows, upstream = layer.rows(hidden), grad_loss if keep is None else grad_loss[keep]
+        inputs, plan = ctx.inputs, ctx.inputs.plan
+        rows, upstream = inputs.rows(hidden), grad_loss if keep is None else grad_loss[keep]
         to_hidden = to_weight = None
         if ctx.needs_input_grad[0]:
             to_hidden = rows.new_empty((target.shape[0], rows.shape[1]))
         if ctx.needs_input_grad[1]:
-            to_weight = WeightGradient(weight, ctx.main_grad, layer.weight_grad_dtype)
-        sums = PendingSums(None if layer.sequence_parallel else plan.group)
-        for part, states, logits in layer.chunks(rows, weight, target, keep):
+            to_weight = WeightGradient(weight, ctx.main_grad, inputs.weight_grad_dtype)
+        sums = PendingSums(None if inputs.sequence_parallel else plan.group)
+        for part, states, logits in inputs.chunks(rows, weight, target, keep):
             per_token = (tensor[part] for tensor in (target, maximum, sum_exp, slope, upstream))
             write_gradient(logits, *per_token, plan, logits)
             if to_hidden is not None:
@@ -208,58 +209,35 @@ class _LinearTokenLoss(torch.autograd.Function):
                 to_weight.add(logits, states)
         sums.wait()
         if to_hidden is not None:
-            to_hidden = _hidden_gradient(to_hidden, rows.shape, keep, hidden, layer)
+            to_hidden = _hidden_gradient(to_hidden, rows.shape, keep, hidden, inputs)
         return to_hidden, to_weight and to_weight.result(), None, None, None
 
 
-def _statistics(
-    rows: Tensor, weight: Tensor, target: Tensor, keep: Tensor | None, gate: Gate, layer: Layer
-) -> dict[str, Tensor]:
-    """``[M]`` numbers of the whole vocabulary by name: the fields of TokenStats, "maximum" and "sum_exp"."""
-    entropy, squares = layer.plan.want_entropy or "entropy" in gate.needs, "sum_p_squared" in gate.needs
-    names = ["maximum", "sum_exp", "ce"] + ["entropy"] * entropy + ["sum_p_squared"] * squares
-    found = {name: torch.zeros(target.shape, dtype=compute_dtype(rows), device=rows.device) for name in names}
+def _statistics(rows: Tensor, weight: Tensor, target: Tensor, keep: Tensor | None, inputs: LinearInputs) -> Statistics:
+    """``[M]`` statistics of all chunks."""
+    statistics = Statistics.empty(target, compute_dtype(rows.dtype), inputs.plan)
 
-    def note(part: slice, finish: Callable[[], Seen]) -> None:
-        seen = finish()
-        for name, column in found.items():
-            column[part] = getattr(seen if name in ("maximum", "sum_exp") else seen.stats, name)
+    def fill(part: slice, finish: Callable[[], Statistics]) -> None:
+        for column, values in zip(statistics, finish(), strict=True):
+            if column is not None:
+                column[part] = values
 
     pending = None  # a chunk's exchange is on its way while the next chunk's logits are made
-    for part, _, logits in layer.chunks(rows, weight, target, keep):
-        begun = begin_look(logits, target[part], layer.plan, entropy=entropy, squares=squares)
+    for part, _, logits in inputs.chunks(rows, weight, target, keep):
+        started = start_statistics(logits, target[part], inputs.plan)
         if pending is not None:
-            note(*pending)
-        pending = part, begun
+            fill(*pending)
+        pending = part, started
     if pending is not None:
-        note(*pending)
-    return found
+        fill(*pending)
+    return statistics
 
 
-def _token_stats(found: dict[str, Tensor], target: Tensor, keep: Tensor | None, layer: Layer) -> TokenStats:
-    """All ``[N]`` tokens as the gate sees them: zeros at ignored ones, NaN at those beyond a bound too low."""
-    valid = target != layer.plan.ignore_index
-
-    def spread(name: str, beyond: float = 0.0) -> Tensor | None:
-        values = found.get(name)
-        if keep is None or values is None:
-            return values
-        column = torch.zeros(target.shape, dtype=values.dtype, device=values.device)
-        return column.masked_fill_(valid, beyond).index_copy_(0, keep, values)
-
-    return TokenStats(
-        ce=spread("ce", beyond=float("nan")),
-        entropy=spread("entropy"),
-        weight=None,
-        valid=valid,
-        topk=layer.plan.k,
-        sum_p_squared=spread("sum_p_squared"),
-    )
-
-
-def _hidden_gradient(looked_at: Tensor, shape: torch.Size, keep: Tensor | None, hidden: Tensor, layer: Layer) -> Tensor:
+def _hidden_gradient(
+    kept: Tensor, shape: torch.Size, keep: Tensor | None, hidden: Tensor, inputs: LinearInputs
+) -> Tensor:
     """From the ``[M, H]`` rows looked at to the gradient of ``hidden`` as it was given."""
-    gradient = looked_at if keep is None else looked_at.new_zeros(shape).index_copy_(0, keep, looked_at)
-    if layer.sequence_parallel:
-        gradient = scatter_sequence_sum(gradient, layer.plan.group)
+    gradient = kept if keep is None else kept.new_zeros(shape).index_copy_(0, keep, kept)
+    if inputs.sequence_parallel:
+        gradient = scatter_sequence_sum(gradient, inputs.plan.group)
     return gradient.view(hidden.shape)

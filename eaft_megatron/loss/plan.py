@@ -1,105 +1,74 @@
-"""The arguments of the losses, checked before anything is computed or sent."""
+"""The checked arguments that the passes over the logits follow; :mod:`eaft_megatron.loss.inputs` makes them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import group_rank_and_size
-from eaft_megatron.loss.gates import Gate, GateContext
-from eaft_megatron.loss.implementation import choose_triton
-from eaft_megatron.loss.torch_impl import Shard
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Which columns of the true vocabulary this rank holds: ``start`` to ``start + width`` in global ids."""
+
+    start: int
+    width: int
+
+    @classmethod
+    def of(cls, rank: int, columns: int, vocab_size: int) -> Shard:
+        """The shard of ``rank`` when every rank holds ``columns`` columns, those beyond ``vocab_size`` padding."""
+        start = rank * columns
+        return cls(start, min(max(vocab_size - start, 0), columns))
+
+    def local_index(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``(index, owned)``: the target's column here (0 where it is not here), and whether it is."""
+        index = target - self.start
+        owned = (index >= 0) & (index < self.width)
+        return index.masked_fill(~owned, 0), owned
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The checked arguments, and what follows from them."""
+    """What to compute, of which columns, with whom.
+
+    Attributes:
+        group: tensor-parallel process group; None if the vocabulary is not sharded.
+        shard: the columns held here.
+        vocab_size: the true one.
+        k: largest logits of the whole vocabulary that are looked for; 1, the maximum, where no entropy is needed.
+        k_local: how many of them each rank contributes.
+        topk: the K in force, ``min(topk, vocab_size)``, whether an entropy is needed or not.
+        exchange: "packed" or "split".
+        triton: whether the kernels run, or plain torch.
+        ignore_index: target of tokens that do not count.
+        entropy: whether the entropy is needed.
+        sum_squares: whether the sum of squared probabilities is.
+    """
 
     group: dist.ProcessGroup | None
     shard: Shard
     vocab_size: int
-    k: int  # over the whole vocabulary
-    k_local: int  # what each rank contributes
+    k: int
+    k_local: int
+    topk: int
     exchange: str
     triton: bool
-    ignore_index: int = -100
-    inplace_backward: bool = False
-    want_entropy: bool = False
-    compact: bool = False
-    context: GateContext = dataclasses.field(default_factory=GateContext)
+    ignore_index: int
+    entropy: bool
+    sum_squares: bool
+
+    def ignored(self, target: Tensor) -> Tensor:
+        """Bool, shaped like ``target``."""
+        return target == self.ignore_index
+
+    def outside_vocabulary(self, target: Tensor) -> Tensor:
+        """Bool, shaped like ``target``: neither ignored nor an id of the true vocabulary."""
+        return ~self.ignored(target) & ((target < 0) | (target >= self.vocab_size))
 
 
-def make_plan(logits: Tensor, group, topk: int, vocab_size: int | None, impl: str, exchange: str) -> Plan:
-    """Check what concerns the logits; ``ValueError`` on every rank alike."""
-    if logits.dtype not in _DTYPES:
-        raise ValueError(f"logits must be bfloat16, float16, float32 or float64, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits must be [..., V_local] with V_local >= 1, got shape {tuple(logits.shape)}")
-    if topk < 1:
-        raise ValueError(f"topk (--eaft-topk) must be >= 1, got {topk}")
-    if exchange not in ("packed", "split"):
-        raise ValueError(f"exchange must be 'packed' or 'split', got {exchange!r}")
-    rank, size = group_rank_and_size(group)
-    columns = logits.shape[-1]
-    if vocab_size is None:
-        vocab_size = columns * size
-    if not 1 <= vocab_size <= columns * size:
-        raise ValueError(
-            f"vocab_size (--true-vocab-size) must lie in [1, {columns * size}], what {size} shard(s) of {columns} "
-            f"columns hold, got {vocab_size}"
-        )
-    k = min(topk, vocab_size)
-    triton = choose_triton(impl, logits, k)
-    return Plan(group, Shard.of(rank, columns, vocab_size), vocab_size, k, min(k, columns), exchange, triton)
-
-
-def check_target(logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, validate: bool | None) -> None:
-    """``ValueError`` for a target that does not fit the logits; its values are looked at if ``validate`` says so."""
-    if target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {target.dtype}")
-    if target.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"target must have the logits' shape without the last dimension: logits {tuple(logits.shape)}, "
-            f"target {tuple(target.shape)}"
-        )
-    if target.device != logits.device:
-        raise ValueError(f"logits are on {logits.device}, target on {target.device}")
-    if validate or (validate is None and target.device.type == "cpu"):
-        outside = outside_vocabulary(target, vocab_size, ignore_index)
-        if bool(outside.any()):
-            where = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"target[{', '.join(map(str, where))}] = {int(target[outside][0])} is outside the vocabulary of "
-                f"{vocab_size} (and is not ignore_index {ignore_index}); {int(outside.sum())} such target(s) of "
-                f"shape {tuple(target.shape)}"
-            )
-
-
-def gate_context(gate: Gate, target: Tensor, side: Mapping[str, Tensor], sequence_ids, reduce_group) -> GateContext:
-    """The gate's extra inputs, checked against the target's shape and flattened."""
-    columns = dict(side)
-    if sequence_ids is not None:
-        if sequence_ids.dtype != torch.int64:
-            raise ValueError(f"sequence_ids must be int64, got {sequence_ids.dtype}")
-        columns["sequence_ids"] = sequence_ids
-    elif gate.needs_sequence_ids:
-        raise ValueError(f"{type(gate).__name__} needs sequence_ids, an int64 tensor shaped like target")
-    for name in gate.needs_side:
-        if name not in columns:
-            raise ValueError(f"{type(gate).__name__} needs the side column {name!r}, a tensor shaped like target")
-    for name, column in columns.items():
-        if column.shape != target.shape:
-            raise ValueError(f"{name} must be shaped like target {tuple(target.shape)}, got {tuple(column.shape)}")
-    flat = {name: column.detach().reshape(-1) for name, column in columns.items()}
-    return GateContext(flat, flat.pop("sequence_ids", None), reduce_group)
-
-
-def outside_vocabulary(target: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """Bool, shaped like ``target``."""
-    return (target != ignore_index) & ((target < 0) | (target >= vocab_size))
+def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """``(rank, size)`` in the group; ``(0, 1)`` for None, which here means "not sharded" and not "the world"."""
+    if group is None:
+        return 0, 1
+    return dist.get_rank(group), dist.get_world_size(group)

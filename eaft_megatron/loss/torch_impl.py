@@ -6,11 +6,13 @@ chunk stays in cache between the steps. Half-precision logits are widened in tha
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+from eaft_megatron.loss.exchange import Message, compute_dtype
+from eaft_megatron.loss.plan import Plan, Shard
 
 _BLOCK = 32  # columns per block of the two-level top-K
 _CHUNK_NUMBERS_CPU = 2 * 152064  # two rows of Qwen's vocabulary in float32, 1.2 MB: the passes over a chunk stay in L2
@@ -21,31 +23,6 @@ Spans = list[tuple[int, int]]
 """Runs of rows, each from its first to before its last, ascending and apart from each other."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Which columns of the true vocabulary this rank holds: ``start`` to ``start + width`` in global ids."""
-
-    start: int
-    width: int
-
-    @classmethod
-    def of(cls, rank: int, columns: int, vocab_size: int) -> Shard:
-        """The shard of ``rank`` when every rank holds ``columns`` columns, those beyond ``vocab_size`` padding."""
-        start = rank * columns
-        return cls(start, min(max(vocab_size - start, 0), columns))
-
-    def local_index(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """``(index, owned)``: the target's column here (0 where it is not here), and whether it is."""
-        index = target - self.start
-        owned = (index >= 0) & (index < self.width)
-        return index.masked_fill(~owned, 0), owned
-
-
-def compute_dtype(logits: Tensor) -> torch.dtype:
-    """float64 for float64 logits, float32 for everything else."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def spans_of(valid: Tensor) -> Spans:
     """The runs of True in ``[N]`` bool. Looks at the values: a host sync on a GPU."""
     padded = torch.zeros(valid.shape[0] + 2, dtype=torch.bool, device=valid.device)
@@ -54,52 +31,41 @@ def spans_of(valid: Tensor) -> Spans:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def local_statistics(
-    rows: Tensor, target: Tensor, shard: Shard, k: int, *, spans: Spans | None = None, sum_squares: bool = False
-) -> Tensor:
+def local_statistics(rows: Tensor, target: Tensor, plan: Plan, *, spans: Spans | None = None) -> Message:
     """This rank's share of every token's statistics: one read of the logits.
 
     Args:
-        rows: ``[N, V_local]`` logits; columns from ``shard.width`` on are never looked at.
+        rows: ``[N, V_local]`` logits; columns from ``plan.shard.width`` on are never looked at.
         target: ``[M]`` int64 global ids of the rows looked at; an id outside the shard is not owned.
-        shard: the columns held here.
-        k: how many of the largest logits to return.
+        plan: the checked arguments.
         spans: the rows to look at, M in all; None for all N.
-        sum_squares: also return the sum of squared exponentials.
-
-    Returns:
-        ``[M, k + 2]`` (``k + 3``) in the compute dtype: the k largest logits in descending order, -inf where the
-        shard has fewer; the sum of exponentials relative to the largest; the target's logit, -inf if not owned;
-        then the sum of squared exponentials, relative to the largest too.
     """
-    dtype, tokens = compute_dtype(rows), target.shape[0]
-    packed = torch.full((tokens, k + 2 + sum_squares), float("-inf"), dtype=dtype, device=rows.device)
-    if shard.width == 0:
-        packed[:, k] = 0
-        packed[:, k + 2 :] = 0
-        return packed
-    packed[:, k + 1] = _gather_owned(rows, target, shard, spans)
-    for _, part, wide, buffer in _chunks(rows[:, : shard.width], spans):
-        out = packed[part]
-        largest = _largest(wide, min(k, shard.width))
-        out[:, : largest.shape[1]] = largest
+    width = plan.shard.width
+    message = Message.empty(target.shape[0], plan.k_local, 1 + plan.sum_squares, rows.dtype, rows.device)
+    topk, sums = message.topk.fill_(float("-inf")), message.sums.zero_()
+    message.target_logit.copy_(_gather_owned(rows, target, plan.shard, spans))
+    if width == 0:
+        return message
+    for _, part, wide, buffer in _chunks(rows[:, :width], spans):
+        largest = _largest(wide, min(plan.k_local, width))
+        topk[part, : largest.shape[1]] = largest
         exponentials = torch.sub(wide, _finite_shift(largest[:, :1]), out=buffer).exp_()
-        out[:, k] = exponentials.sum(dim=1)
-        if sum_squares:
-            out[:, k + 2] = exponentials.square_().sum(dim=1)
-    return packed
+        sums[0, part] = exponentials.sum(dim=1)
+        if plan.sum_squares:
+            sums[1, part] = exponentials.square_().sum(dim=1)
+    return message
 
 
-def local_topk(rows: Tensor, shard: Shard, k: int) -> Tensor:
-    """The first k columns of :func:`local_statistics` alone: ``[N, k]``, -inf where the shard has fewer columns."""
-    largest = torch.full((rows.shape[0], k), float("-inf"), dtype=compute_dtype(rows), device=rows.device)
-    width = min(k, shard.width)
-    if width:
-        rows = rows[:, : shard.width]
-        step = _chunk_height(rows)
+def local_topk(rows: Tensor, plan: Plan) -> Message:
+    """The k largest of :func:`local_statistics` alone, in a message without sums."""
+    message = Message.empty(rows.shape[0], plan.k_local, 0, rows.dtype, rows.device)
+    topk, width = message.topk.fill_(float("-inf")), plan.shard.width
+    k = min(plan.k_local, width)
+    if k:
+        step = _chunk_height(rows[:, :width])
         for begin in range(0, rows.shape[0], step):
-            largest[begin : begin + step, :width] = _largest(rows[begin : begin + step], width)
-    return largest
+            topk[begin : begin + step, :k] = _largest(rows[begin : begin + step, :width], k)
+    return message
 
 
 def write_gradient(
@@ -152,7 +118,7 @@ def _chunks(rows: Tensor, spans: Spans | None) -> Iterator[tuple[slice, slice, T
 
     The values are in the compute dtype: the logits themselves, only to be read, or a copy of them in the scratch.
     """
-    dtype, height, done = compute_dtype(rows), _chunk_height(rows), 0
+    dtype, height, done = compute_dtype(rows.dtype), _chunk_height(rows), 0
     buffer = torch.empty((height, rows.shape[1]), dtype=dtype, device=rows.device)
     for first, last in spans if spans is not None else [(0, rows.shape[0])]:
         for begin in range(first, last, height):
@@ -180,9 +146,9 @@ def _gather_owned(rows: Tensor, target: Tensor, shard: Shard, spans: Spans | Non
     if spans is None:
         logit = rows.gather(1, index.unsqueeze(1)).squeeze(1)
     else:
-        looked_at = [torch.arange(first, last, device=rows.device) for first, last in spans]
-        logit = rows[torch.cat(looked_at or [index]), index]
-    return logit.to(compute_dtype(rows)).masked_fill(~owned, float("-inf"))
+        numbers = [torch.arange(first, last, device=rows.device) for first, last in spans]
+        logit = rows[torch.cat(numbers or [index]), index]
+    return logit.masked_fill(~owned, float("-inf"))
 
 
 def _largest(rows: Tensor, k: int) -> Tensor:

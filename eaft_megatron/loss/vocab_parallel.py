@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.gates import EAFTGate, Gate
-from eaft_megatron.loss.merge import merge_topk, topk_entropy
-from eaft_megatron.loss.passes import look, outputs_of, write_gradient
-from eaft_megatron.loss.plan import Plan, check_target, gate_context, make_plan
+from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs, make_plan
+from eaft_megatron.loss.passes import apply_gate, compute_entropy, loss_and_stats, start_statistics, write_gradient
+from eaft_megatron.loss.plan import Plan
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import local_topk
+from eaft_megatron.loss.torch_impl import spans_of
 
 
 def vocab_parallel_eaft_loss(
@@ -121,26 +121,28 @@ def vocab_parallel_token_loss(
 
     The other arguments, the return value and the errors are those of :func:`vocab_parallel_eaft_loss`.
     """
-    if not isinstance(gate, Gate):
-        raise ValueError(f"gate must be a Gate such as EAFTGate(), got {type(gate).__name__}")
-    plan = make_plan(vocab_parallel_logits, group, topk, vocab_size, impl, exchange)
-    check_target(vocab_parallel_logits, target, plan.vocab_size, ignore_index, validate)
-    gate.check(plan.k)
-    plan = dataclasses.replace(
-        plan,
+    plan, bound_gate = check_loss_inputs(
+        vocab_parallel_logits,
+        target,
+        gate,
+        group=group,
+        side=side,
+        sequence_ids=sequence_ids,
+        reduce_group=reduce_group,
+        topk=topk,
+        vocab_size=vocab_size,
         ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
-        want_entropy=return_stats,
-        compact=not plan.triton and (target.device.type == "cpu" if compact_ignored is None else compact_ignored),
-        context=gate_context(gate, target, side or {}, sequence_ids, reduce_group),
+        impl=impl,
+        exchange=exchange,
+        validate=validate,
+        return_stats=return_stats,
     )
-    columns = vocab_parallel_logits.shape[-1]
-    rows = vocab_parallel_logits.reshape(-1, columns)
-    loss, *stats = _TokenLoss.apply(rows, target.reshape(-1), gate, plan)
-    loss = loss.reshape(target.shape)
-    if not return_stats:
-        return loss
-    return loss, TokenStats(*stats[:4], topk=plan.k, sum_p_squared=stats[4]).reshape(target.shape)
+    if compact_ignored is None:
+        compact_ignored = target.device.type == "cpu"
+    rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
+    compact = compact_ignored and not plan.triton
+    outputs = _TokenLoss.apply(rows, target.reshape(-1), plan, bound_gate, compact, inplace_backward)
+    return loss_and_stats(outputs, target.shape, plan, return_stats)
 
 
 @torch.no_grad()
@@ -171,38 +173,35 @@ def vocab_parallel_topk_entropy(
     Raises:
         ValueError: wrong dtype, topk < 1, vocab_size beyond what the shards hold, or a bad impl.
     """
-    plan = make_plan(vocab_parallel_logits, group, topk, vocab_size, impl, "packed")
+    plan = make_plan(vocab_parallel_logits, group=group, topk=topk, vocab_size=vocab_size, impl=impl)
     rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])
-    if plan.triton:
-        from eaft_megatron.loss import triton_impl
-
-        entropy = triton_impl.topk_entropy(rows, plan.shard, plan.k_local, plan.k, group)
-    else:
-        largest = merge_topk(local_topk(rows, plan.shard, plan.k_local), plan.k, group, dtype=rows.dtype)
-        entropy = topk_entropy(largest)
-    return entropy.reshape(vocab_parallel_logits.shape[:-1])
+    return compute_entropy(rows, plan).reshape(vocab_parallel_logits.shape[:-1])
 
 
 class _TokenLoss(torch.autograd.Function):
     """Forward: one read of the logits and the exchange. Backward: one read, one write, no communication."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, target: Tensor, gate: Gate, plan: Plan):
-        entropy = plan.want_entropy or "entropy" in gate.needs
-        stats, maximum, sum_exp, spans, keep = look(
-            rows, target, plan, entropy=entropy, squares="sum_p_squared" in gate.needs
-        )
-        output = gate(stats, plan.context)
-        looked_at, slope = (target, output.slope) if keep is None else (target[keep], output.slope[keep])
-        ctx.save_for_backward(rows, looked_at, keep, maximum, sum_exp, slope)
-        ctx.plan, ctx.spans = plan, spans
-        return outputs_of(ctx, output, stats)
+    def forward(
+        ctx: Any, rows: Tensor, target: Tensor, plan: Plan, gate: BoundGate, compact: bool, inplace: bool
+    ) -> tuple[Tensor | None, ...]:
+        spans = keep = None
+        kept_target = target
+        if compact:
+            valid = ~plan.ignored(target)
+            spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
+            kept_target = target[keep]
+        statistics = start_statistics(rows, kept_target, plan, spans=spans)()
+        slope, outputs = apply_gate(ctx, statistics, target, keep, plan, gate)
+        ctx.save_for_backward(rows, kept_target, keep, statistics.maximum, statistics.sum_exp, slope)
+        ctx.plan, ctx.spans, ctx.inplace = plan, spans, inplace
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_):
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
-        gradient = rows.detach() if ctx.plan.inplace_backward else torch.empty_like(rows)
+        gradient = rows.detach() if ctx.inplace else torch.empty_like(rows)
         upstream = grad_loss if keep is None else grad_loss[keep]
         write_gradient(rows, target, maximum, sum_exp, slope, upstream, ctx.plan, gradient, spans=ctx.spans)
-        return gradient, None, None, None
+        return gradient, None, None, None, None, None

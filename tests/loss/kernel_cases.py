@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eaft_megatron.loss.torch_impl import Shard
+from eaft_megatron.loss.plan import Plan, Shard
 from eaft_megatron.testing import run_distributed
 
 INF = float("inf")
@@ -53,7 +53,20 @@ def adversarial_rows(width: int, buckets: int, group: int) -> dict[str, Tensor]:
     }
 
 
-def shard_rows(full: Tensor, rank: int, size: int, vocab_size: int) -> tuple[Tensor, Shard]:
-    """One of ``size`` ranks' columns of ``full`` [N, V], and what they are."""
+def shard_rows(full: Tensor, rank: int, size: int, vocab_size: int, k: int) -> tuple[Tensor, Plan]:
+    """One of ``size`` ranks' columns of ``full`` [N, V], and the plan of all statistics there, without a group."""
     columns = full.shape[1] // size
-    return full[:, rank * columns : (rank + 1) * columns].contiguous(), Shard.of(rank, columns, vocab_size)
+    plan = Plan(
+        group=None,
+        shard=Shard.of(rank, columns, vocab_size),
+        vocab_size=vocab_size,
+        k=k,
+        k_local=min(k, columns),
+        topk=k,
+        exchange="packed",
+        triton=True,
+        ignore_index=-100,
+        entropy=True,
+        sum_squares=True,
+    )
+    return full[:, rank * columns : (rank + 1) * columns].contiguous(), plan

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from eaft_megatron import EAFTGate, vocab_parallel_eaft_loss, vocab_parallel_token_loss, vocab_parallel_topk_entropy
-from eaft_megatron.loss.message import Message
+from eaft_megatron.loss.exchange import Message
 from eaft_megatron.testing import run_distributed
 from tests.loss.cases import Case, Outcome, assert_matches, build_cases, reference_outcome
 from tests.loss.kernel_cases import DEVICE, INF, adversarial_rows, shard_rows, where_kernels_run
@@ -47,12 +47,13 @@ def _statistics(rows, target, k, buckets, *, width, start=0, squares=True):
     from eaft_megatron.loss.kernels.statistics import launch_statistics
     from eaft_megatron.loss.kernels.tuning import StreamShape
 
-    message = Message.empty(rows.shape[0], k + 1, 1 + squares, rows.dtype, rows.device)
+    message = Message.empty(rows.shape[0], k, 1 + squares, rows.dtype, rows.device)
     shape = StreamShape(buckets, 16 // rows.dtype.itemsize, 2)
     launch_statistics(
-        rows, target, message.values, message.sums, start=start, width=width, k=k, ignore_index=-100, shape=shape
+        rows, target, message.logits, message.sums, start=start, width=width, k=k, ignore_index=-100, shape=shape
     )
-    return message.statistics().cpu()
+    logits, sums = message.logits.float(), message.sums.T
+    return torch.cat([logits[:, :k], sums[:, :1], logits[:, k:], sums[:, 1:]], dim=1).cpu()
 
 
 def _adversarial(dtypes, every_k, buckets: int, columns: int, width: int) -> dict:
@@ -180,16 +181,13 @@ def _merged_at(sizes, full, target, k: int, vocab: int) -> dict:
     warnings.simplefilter("ignore")
     full, target, out = full.to(DEVICE), target.to(DEVICE), {}
     for size in sizes:
-        k_local = min(k, full.shape[1] // size)
         parts = []
         for rank in range(size):
-            rows, shard = shard_rows(full, rank, size, vocab)
-            parts.append(triton_impl.local_message(rows, target, shard, k_local, sum_squares=True))
+            rows, plan = shard_rows(full, rank, size, vocab, k)
+            parts.append(triton_impl.local_statistics(rows, target, plan))
         gathered = dataclasses.replace(parts[0], buffer=torch.stack([part.buffer for part in parts]))
-        found = triton_impl.merge_message(
-            gathered, target, k_local=k_local, k=k, vocab_size=vocab, ignore_index=-100, entropy=True
-        )
-        out[size] = {name: value.cpu() for name, value in found.items()}
+        merged = triton_impl.merge_packed(gathered, target, plan)
+        out[size] = {name: value.cpu() for name, value in merged._asdict().items()}
     return out
 
 

@@ -18,7 +18,7 @@ from eaft_megatron import (
     vocab_parallel_linear_token_loss,
     vocab_parallel_token_loss,
 )
-from eaft_megatron.loss import collectives, hidden_states
+from eaft_megatron.loss import exchange, linear_backward
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import poisoned_memory, run_distributed
 from tests.loss.kernel_cases import DEVICE, where_kernels_run
@@ -137,7 +137,7 @@ def _tied_gradient(sequence_parallel: bool) -> Tensor:
     )
     loss.backward(upstream)
     if sequence_parallel:
-        hidden.backward(collectives.all_gather_rows(leaf.grad, dist.group.WORLD).flatten(0, 1))
+        hidden.backward(exchange.all_gather_rows(leaf.grad, dist.group.WORLD).flatten(0, 1))
     return shared.grad
 
 
@@ -289,7 +289,7 @@ def _count_collectives() -> list[tuple[list[str], list[str]]]:
 
         return call
 
-    for owner, name in [(collectives, "_all_gather"), (hidden_states, "_reduce_scatter"), (dist, "all_reduce")]:
+    for owner, name in [(exchange, "_all_gather"), (linear_backward, "_reduce_scatter"), (dist, "all_reduce")]:
         setattr(owner, name, counted(getattr(owner, name), name.strip("_")))
     out = []
     for sequence_parallel, valid in ((False, 5), (True, 5), (False, 0)):
@@ -427,7 +427,7 @@ def test_main_grad_by_megatrons_protocol(zeros):
 
 def test_half_precision_sums_the_weight_gradient_in_float32(monkeypatch):
     """bf16, one token a chunk: the error stays that of one rounding, into main_grad and without; in bf16 it grows."""
-    monkeypatch.setattr(hidden_states, "_WEIGHT_ROWS", 16)  # several blocks, the last one short
+    monkeypatch.setattr(linear_backward, "_WEIGHT_ROWS", 16)  # several blocks, the last one short
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, WIDTH, generator=generator).bfloat16()
     target = torch.randint(0, COLUMNS, (256,), generator=generator)

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from eaft_megatron import SFTGate, vocab_parallel_eaft_loss, vocab_parallel_token_loss, vocab_parallel_topk_entropy
-from eaft_megatron.loss import collectives, torch_impl
+from eaft_megatron.loss import exchange as exchange_module
+from eaft_megatron.loss import torch_impl
 from eaft_megatron.testing import poisoned_memory, run_distributed
 from tests.loss.cases import Case, Outcome, assert_matches, build_cases, reference_outcome
 
@@ -235,7 +236,12 @@ def _counted(original, name: str, calls: list[str]):
 def _count_collectives(exchange: str) -> tuple[list[str], list[str]]:
     """Names of the torch.distributed calls made forward and backward."""
     calls: list[str] = []
-    for owner, name in [(collectives, "_all_gather"), (dist, "all_reduce"), (dist, "all_gather"), (dist, "broadcast")]:
+    for owner, name in [
+        (exchange_module, "_all_gather"),
+        (dist, "all_reduce"),
+        (dist, "all_gather"),
+        (dist, "broadcast"),
+    ]:
         setattr(owner, name, _counted(getattr(owner, name), name.strip("_"), calls))
     logits = torch.randn(5, 16, requires_grad=True)
     loss = vocab_parallel_eaft_loss(logits, torch.arange(5), group=dist.group.WORLD, exchange=exchange)

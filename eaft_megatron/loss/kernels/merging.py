@@ -16,7 +16,7 @@ from eaft_megatron.loss.kernels.arithmetic import (
 
 @triton.jit
 def _topk_entropy(keys, maximum, K: tl.constexpr):
-    """Entropy of softmax over the K largest keys, by the formula of eaft_megatron.loss.merge.topk_entropy.
+    """Entropy of softmax over the K largest keys, by the formula of eaft_megatron.loss.exchange.topk_entropy.
 
     The terms are added one value after another in descending order, equal ones at once: the result depends on the
     multiset alone, so it has the same bits at every tensor-parallel size.
@@ -104,12 +104,16 @@ def launch_merge(
     values: torch.Tensor,
     sums: torch.Tensor | None,
     target: torch.Tensor | None,
-    out: dict[str, torch.Tensor],
     *,
+    maximum: torch.Tensor | None = None,
+    sum_exp: torch.Tensor | None = None,
+    ce: torch.Tensor | None = None,
+    entropy: torch.Tensor | None,
+    sum_p_squared: torch.Tensor | None = None,
     k_local: int,
     k: int,
-    vocab_size: int,
-    ignore_index: int,
+    vocab_size: int = 0,
+    ignore_index: int = 0,
 ) -> None:
     """Merge the gathered messages of all ranks, in rank order.
 
@@ -117,8 +121,9 @@ def launch_merge(
         values: ``[tp, N, k_local + 1]`` (``k_local`` without target), rows contiguous; each rank's descending.
         sums: ``[tp, 1 or 2, N]`` float32, relative to each rank's own maximum; None without target.
         target: ``[N]`` int64 global ids, or None for the entropy alone.
-        out: tensors ``[N]`` float32 to write: "maximum", "sum_exp" and "ce" (a target outside the vocabulary gives
-            NaN) with a target, "entropy" and "sum_p_squared" if wanted. Ignored tokens get 0, and 1 as "sum_exp".
+        maximum, sum_exp, ce: ``[N]`` float32, written; None without target. A target outside the vocabulary gives a
+            NaN ce. Ignored tokens get 0, and 1 as sum_exp.
+        entropy, sum_p_squared: the same, or None where they are not wanted.
         k_local: largest logits per rank.
         k: K of the entropy over the whole vocabulary.
         vocab_size: the true one.
@@ -133,11 +138,11 @@ def launch_merge(
         sums,
         0 if sums is None else sums.stride(0),
         target,
-        out.get("maximum"),
-        out.get("sum_exp"),
-        out.get("ce"),
-        out.get("entropy"),
-        out.get("sum_p_squared"),
+        maximum,
+        sum_exp,
+        ce,
+        entropy,
+        sum_p_squared,
         tokens,
         vocab_size,
         ignore_index,
@@ -147,8 +152,8 @@ def launch_merge(
         KPAD=max(triton.next_power_of_2(k_local), 2),
         K=k,
         TARGET=target is not None,
-        ENTROPY="entropy" in out,
-        SQUARES="sum_p_squared" in out,
+        ENTROPY=entropy is not None,
+        SQUARES=sum_p_squared is not None,
         num_warps=1,
         enable_fp_fusion=True,
     )

@@ -212,7 +212,7 @@ def launch_statistics(
     ignore_index: int,
     shape: StreamShape,
 ) -> None:
-    """Fill one rank's message with the statistics of every row, see :class:`eaft_megatron.loss.message.Message`.
+    """Fill one rank's message with the statistics of every row, see :class:`eaft_megatron.loss.exchange.Message`.
 
     Args:
         rows: ``[N, V_local]`` bf16, fp16 or fp32, columns contiguous, rows at any stride.

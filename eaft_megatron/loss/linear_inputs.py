@@ -1,4 +1,4 @@
-"""The output layer under linear.py: its arguments, checked before anything is computed or sent, and its chunks."""
+"""The linear loss's own arguments, checked before anything is computed or sent, and its logits, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import group_rank_and_size
-from eaft_megatron.loss.hidden_states import gather_sequence
-from eaft_megatron.loss.plan import Plan
+from eaft_megatron.loss.exchange import all_gather_rows
+from eaft_megatron.loss.plan import Plan, group_rank_and_size
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """The checked arguments of the output layer, beside those of the loss."""
+class LinearInputs:
+    """The arguments of the output layer, beside those that all losses share; names as in linear.py."""
 
     plan: Plan
-    chunk: int
-    scale: float
+    chunk_tokens: int
+    logits_scale: float
     sequence_parallel: bool
-    into_main_grad: bool
+    gradient_accumulation_fusion: bool
     weight_grad_dtype: torch.dtype
-    drop: bool
+    drop_ignored: bool
     max_valid: int | None
 
     def rows(self, hidden: Tensor) -> Tensor:
-        """``[N, H]`` hidden states of all tokens."""
+        """``[N, H]`` hidden states of all tokens; with sequence parallelism one all-gather of N x H / tp numbers."""
         if self.sequence_parallel:
-            hidden = gather_sequence(hidden, self.plan.group)
+            hidden = all_gather_rows(hidden, self.plan.group).flatten(0, 1)
         return hidden.reshape(-1, hidden.shape[-1])
 
-    def keep(self, target: Tensor) -> Tensor | None:
+    def kept_rows(self, target: Tensor) -> Tensor | None:
         """``[M]`` indices of the rows to look at, in their order; None for all N."""
-        valid = target != self.plan.ignore_index
-        if self.drop:
+        valid = ~self.plan.ignored(target)
+        if self.drop_ignored:
             return valid.nonzero().squeeze(1)
         if self.max_valid is None:
             return None
@@ -52,18 +51,20 @@ class Layer:
         The logits lie in a buffer that the next chunk takes over, and may be written to.
         """
         total = target.shape[0]
-        buffer = rows.new_empty((min(self.chunk, total), weight.shape[0]))
-        for begin in range(0, total, self.chunk):
-            part = slice(begin, min(begin + self.chunk, total))
+        buffer = rows.new_empty((min(self.chunk_tokens, total), weight.shape[0]))
+        for begin in range(0, total, self.chunk_tokens):
+            part = slice(begin, min(begin + self.chunk_tokens, total))
             hidden = rows[part] if keep is None else rows[keep[part]]
-            if not self.drop:  # what an ignored token's hidden states hold must not reach the weight, NaN included
-                hidden = hidden.masked_fill((target[part] == self.plan.ignore_index).unsqueeze(1), 0)
+            if (
+                not self.drop_ignored
+            ):  # what an ignored token's hidden states hold must not reach the weight, NaN included
+                hidden = hidden.masked_fill(self.plan.ignored(target[part]).unsqueeze(1), 0)
             logits = buffer[: part.stop - begin]
-            logits.addmm_(hidden, weight.t(), beta=0, alpha=self.scale)
+            logits.addmm_(hidden, weight.t(), beta=0, alpha=self.logits_scale)
             yield part, hidden, logits
 
 
-def imagined_logits(
+def logits_like(
     hidden: Tensor, weight: Tensor, target: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool
 ) -> Tensor:
     """A tensor of the whole logits' shape, dtype and device that holds a single number."""
@@ -86,21 +87,46 @@ def imagined_logits(
     return hidden.new_empty(()).expand(*shape, weight.shape[0])
 
 
-def check_options(
-    weight: Tensor, chunk: int, scale: float, into_main_grad: bool, drop: bool | None, max_valid: int | None
-) -> None:
+def check_linear_inputs(
+    plan: Plan,
+    weight: Tensor,
+    *,
+    chunk_tokens: int,
+    logits_scale: float,
+    sequence_parallel: bool,
+    gradient_accumulation_fusion: bool,
+    weight_grad_dtype: torch.dtype | None,
+    drop_ignored: bool | None,
+    max_valid: int | None,
+) -> LinearInputs:
     """``ValueError`` for an option that cannot be; the names are those of the public functions."""
-    if chunk < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk}")
-    if not math.isfinite(scale):
-        raise ValueError(f"logits_scale must be finite, got {scale}")
-    if max_valid is not None and (max_valid < 0 or drop is not None):
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
+    if not math.isfinite(logits_scale):
+        raise ValueError(f"logits_scale must be finite, got {logits_scale}")
+    if max_valid is not None and (max_valid < 0 or drop_ignored is not None):
         raise ValueError(
             f"max_valid must be >= 0, and takes the place of drop_ignored: got max_valid={max_valid}, "
-            f"drop_ignored={drop}"
+            f"drop_ignored={drop_ignored}"
         )
-    if not into_main_grad:
-        return
+    if gradient_accumulation_fusion:
+        _check_main_grad(weight)
+    if max_valid is None and drop_ignored is None:
+        drop_ignored = weight.device.type == "cpu"
+    half = weight.dtype in (torch.bfloat16, torch.float16)
+    return LinearInputs(
+        plan,
+        chunk_tokens=chunk_tokens,
+        logits_scale=logits_scale,
+        sequence_parallel=sequence_parallel,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        weight_grad_dtype=weight_grad_dtype or (torch.float32 if half else weight.dtype),
+        drop_ignored=bool(drop_ignored),
+        max_valid=max_valid,
+    )
+
+
+def _check_main_grad(weight: Tensor) -> None:
     if hasattr(weight, "__fsdp_param__"):
         raise ValueError("gradient_accumulation_fusion: a weight sharded by Megatron-FSDP is not supported")
     main_grad = getattr(weight, "main_grad", None)

@@ -1,4 +1,4 @@
-"""What the output layer's backward pass owes to others: hidden states over the tensor-parallel group, the weight.
+"""Where the linear loss's gradients go: to the hidden states over the tensor-parallel group, and to the weight.
 
 Counts are those of one call of the loss; tp is the size of the tensor-parallel group, N the tokens, H the width of
 the hidden states. With tp 1 nothing is sent.
@@ -12,21 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.collectives import all_gather_rows, group_rank_and_size
+from eaft_megatron.loss.plan import group_rank_and_size
 
 _WEIGHT_ROWS = 1 << 14  # of the weight's gradient made at a time where its dtype is not that of the hidden states
 
 # torch 2.13 renamed it and warns at every use of the old name.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-def gather_sequence(hidden: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """``[S / tp, ..., H]`` -> ``[S, ..., H]``, in rank order: one all-gather of N x H / tp numbers per rank."""
-    if group_rank_and_size(group)[1] == 1:
-        return hidden
-    hidden = hidden.contiguous()
-    gathered = all_gather_rows(hidden.view(torch.uint8), group)  # as bytes: not every backend knows every dtype
-    return gathered.view(hidden.dtype).flatten(0, 1)
 
 
 def scatter_sequence_sum(gradient: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -44,7 +35,7 @@ class PendingSums:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group if group_rank_and_size(group)[1] > 1 else None
-        self.handles: list = []
+        self.handles: list[dist.Work] = []
 
     def add(self, gradient: Tensor) -> None:
         """Start summing a contiguous tensor over the group, in place."""
