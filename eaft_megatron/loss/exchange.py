@@ -43,8 +43,12 @@ class Statistics(NamedTuple):
     @classmethod
     def empty(cls, like: Tensor, dtype: torch.dtype, plan: Plan) -> Statistics:
         """To be filled: a row for each entry of ``like``."""
-        fields = [True, True, True, plan.entropy, plan.sum_squares]
-        return cls(*(torch.empty(like.shape, dtype=dtype, device=like.device) if field else None for field in fields))
+
+        def column() -> Tensor:
+            return torch.empty(like.shape, dtype=dtype, device=like.device)
+
+        entropy, sum_p_squared = column() if plan.entropy else None, column() if plan.sum_squares else None
+        return cls(column(), column(), column(), entropy, sum_p_squared)
 
 
 @dataclasses.dataclass(frozen=True)

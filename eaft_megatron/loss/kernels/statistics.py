@@ -2,7 +2,15 @@
 
 One program, of one warp, walks over one row; there is no shared state and no barrier. The row is cut into groups of
 contiguous columns, one 16-byte load each, dealt out to BUCKETS buckets in turn. A bucket keeps its sum of exponentials
-relative to its own maximum and its three largest *group maxima*, with the step at which each came. Then:
+relative to its own maximum and its three largest *group maxima*, with the step at which each came.
+
+Names, each a vector over the buckets:
+    p1 >= p2 >= p3  its three largest group maxima
+    s1, s2, s3      the steps (tiles of BUCKETS x GROUP columns) at which they came
+    g1, g2, g3      the same as numbers of groups in the row, ``step * BUCKETS + bucket``
+
+Then:
+
 
 1. The K groups with the largest maxima that were kept are read again, 0.2% of a row; their K largest values are the
    candidates. All kept maxima above the K-th candidate belong to these K groups.
