@@ -44,6 +44,8 @@ def _violations(path: Path) -> list[str]:
         forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith("loss/"):
         bad |= roots - {"torch", "triton", OURS, *sys.stdlib_module_names}
+        forbid("methods", "hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
+    if place == "methods.py":
         forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith("loss/kernels/"):
         bad |= {name for name in imports if name.startswith("torch.distributed")}

@@ -4,50 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from eaft_megatron.hooks.settings import EAFT_GATES, GATES, LossSettings
-
-_FIELDS = {  # LossSettings field -> argparse destination
-    "loss_type": "loss_type",
-    "topk": "eaft_topk",
-    "alpha": "eaft_alpha",
-    "entropy_norm": "eaft_entropy_norm",
-    "true_vocab_size": "true_vocab_size",
-    "eaft_gate": "eaft_gate",
-    "threshold": "eaft_threshold",
-    "percentile": "eaft_percentile",
-    "talr_tau": "talr_tau",
-    "talr_min_weight": "talr_min_weight",
-    "sft_kl_beta": "sft_kl_beta",
-}
-_MEANS = {"linear_chunk": "eaft_linear_chunk", "linear_drop_ignored": "eaft_linear_drop_ignored"}  # same loss, cheaper
+from eaft_megatron.hooks.settings import LossSettings, loss_options
+from eaft_megatron.methods import Option
 
 
 def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the loss flags in a group of their own. Values stay plain numbers and strings: Megatron pickles them."""
     group = parser.add_argument_group("eaft", "entropy-adaptive fine-tuning (arXiv 2601.02151) and its baselines")
-
-    def add(flag: str, kind: type, metavar: str, text: str, default: float | None = None) -> None:
-        group.add_argument(flag, type=kind, default=default, metavar=metavar, help=text)
-
-    group.add_argument("--loss-type", choices=list(GATES), default="sft", help="what to train with (default: sft)")
-    group.add_argument("--eaft-gate", choices=list(EAFT_GATES), default="linear", help="entropy to weight (linear)")
-    add("--eaft-topk", int, "K", "logits in the entropy (default: 20)", 20)
-    add("--eaft-alpha", float, "A", "linear gate: h ** A; the paper also tries 2 and 3 (default: 1)", 1.0)
-    add("--eaft-entropy-norm", float, "NATS", "divisor of the entropy (default: ln K; the authors' code uses 3.0)")
-    add("--eaft-threshold", float, "H", "threshold gate: train where h > H")
-    add(
-        "--eaft-percentile", float, "PCT", "threshold gate and conflict mask: percentile of the micro-batch (paper: 15)"
-    )
-    add("--talr-tau", float, "T", "TALR: temperature (default: median of the sequences' mean loss)")
-    add("--talr-min-weight", float, "W", "TALR: floor of the weight (default: 0.01)", 0.01)
-    add("--sft-kl-beta", float, "B", "SFT-KL: weight of the KL term (default: 0.5)", 0.5)
-    add("--true-vocab-size", int, "N", "vocabulary without padding, config.vocab_size (default: count padded columns)")
-    add("--eaft-linear-chunk", int, "N", "output layer and loss in one, N tokens at a time: logits are never whole")
-    group.add_argument(
-        "--eaft-linear-drop-ignored",
-        action="store_true",
-        help="with it, leave ignored tokens out of the output layer on a GPU too: one host sync a micro-batch",
-    )
+    for option in loss_options():
+        _add_option(group, option)
+    parser.set_defaults(loss_type="sft")  # a script whose user asks for nothing trains as it always did
     data = parser.add_argument_group("prepared data", "folders that `eaft-megatron prepare` makes")
     data.add_argument("--sft-data", default=None, metavar="DIR", help="train on this prepared folder")
     data.add_argument(
@@ -82,9 +48,23 @@ def named_paths(values: list[str], flag: str, metavar: str = "NAME=DIR") -> dict
 
 def settings_from_args(args: argparse.Namespace) -> LossSettings:
     """:class:`LossSettings` from parsed flags; ``ValueError`` names the flag that is wrong."""
-    return LossSettings(**{field: getattr(args, name) for field, name in (_FIELDS | _MEANS).items()})
+    return LossSettings(**{option.name: getattr(args, option.destination) for option in loss_options()})
 
 
 def loss_arguments() -> tuple[str, ...]:
     """The destinations of the loss flags in a parsed namespace: what makes two runs the same experiment."""
-    return tuple(_FIELDS.values())
+    return tuple(option.destination for option in loss_options() if not option.same_loss)
+
+
+def _add_option(group: argparse._ArgumentGroup, option: Option) -> None:
+    if option.kind is bool:
+        group.add_argument(option.flag, action="store_true", help=option.help)
+    else:
+        group.add_argument(
+            option.flag,
+            type=option.kind,
+            default=option.default,
+            choices=option.choices,
+            metavar=option.metavar,
+            help=option.help,
+        )

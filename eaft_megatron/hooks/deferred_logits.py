@@ -70,7 +70,7 @@ class DeferredLogits:
         if name.endswith("_"):
             raise ValueError(
                 f"--eaft-linear-chunk: something changes the logits in place ({name}) before the loss is made of them, "
-                "which would see nothing of it: leave the flag out"
+                "which would see nothing of it: remove the flag"
             )
         return getattr(self.whole(), name)
 
@@ -133,7 +133,7 @@ def _check_layer(layer: torch.nn.Module, config: Any) -> None:
     if not issubclass(own, ColumnParallelLinear) or not same or "forward" in vars(layer):
         raise ValueError(
             "--eaft-linear-chunk takes the place of megatron-core's ColumnParallelLinear, and the output layer here, a "
-            f"{own.__name__}, computes in its own way (an adapter, another precision, a fused loss): leave the flag out"
+            f"{own.__name__}, computes in its own way (an adapter, another precision, a fused loss): remove the flag"
         )
     if layer.weight is not None:
         _check_weight(layer.weight)
@@ -147,7 +147,7 @@ def _check_layer(layer: torch.nn.Module, config: Any) -> None:
         (getattr(config, "config_logger_dir", ""), "--config-logger-dir, which writes whole logits"),
     ):
         if applies:
-            raise ValueError(f"--eaft-linear-chunk cannot serve {what}: leave one of them out")
+            raise ValueError(f"--eaft-linear-chunk cannot serve {what}: remove one of them")
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -155,5 +155,5 @@ def _check_weight(weight: Tensor) -> None:
     if sharded or type(weight) not in (Tensor, torch.nn.Parameter):
         raise ValueError(
             f"--eaft-linear-chunk needs the output layer's weight as a plain tensor until the loss is there, and got a "
-            f"{type(weight).__name__} that is sharded (FSDP) or quantised: leave the flag out"
+            f"{type(weight).__name__} that is sharded (FSDP) or quantised: remove the flag"
         )

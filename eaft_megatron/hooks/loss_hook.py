@@ -49,6 +49,7 @@ class LossHook:
 
     Attributes:
         settings: as given to :func:`install`.
+        own_gate: a gate of the user's own, as given to :func:`install`; takes the place of what ``settings`` say.
         latest: what was seen of the newest micro-batch. It is left in place when read, since a replayed CUDA graph
             fills the same tensors without running any Python.
         calls: how often the hook computed a loss.
@@ -60,6 +61,7 @@ class LossHook:
     """
 
     settings: LossSettings
+    own_gate: Gate | None = None
     latest: Observation | None = None
     calls: int = 0
     replayed: bool = False
@@ -67,6 +69,16 @@ class LossHook:
     side: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     _noted: dict[str, Any] | None = None
     _undo: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+
+    @property
+    def gate(self) -> Gate:
+        """What turns a token's statistics into its loss."""
+        return self.settings.gate() if self.own_gate is None else self.own_gate
+
+    @property
+    def name(self) -> str:
+        """The method, as messages name it."""
+        return f"--loss-type {self.settings.loss_type}" if self.own_gate is None else f"gate {self.own_gate!r}"
 
     def compute(
         self, model: torch.nn.Module, labels: Tensor, logits: Tensor | DeferredLogits, original: Callable
@@ -77,7 +89,7 @@ class LossHook:
         """
         if self._noted is None:
             raise ValueError(
-                f"--loss-type {self.settings.loss_type} trains GPTModel, MambaModel and HybridModel: "
+                f"{self.name} trains GPTModel, MambaModel and HybridModel: "
                 f"{type(model).__name__} came to its loss without passing through theirs, so its loss mask is not "
                 "known here. Call vocab_parallel_eaft_loss in its own loss instead"
             )
@@ -87,10 +99,10 @@ class LossHook:
             return original(model, labels, logits.whole() if isinstance(logits, DeferredLogits) else logits)
         loss_mask = self._noted["loss_mask"]
         target = _masked_target(labels, loss_mask)
-        gate = self.settings.gate()
+        gate = self.gate
         if gate.needs_batch and loss_mask is None:
             raise ValueError(
-                f"--loss-type {self.settings.loss_type} with these flags takes statistics over the tokens that count, "
+                f"{self.name} with these options takes statistics over the tokens that count, "
                 f"and this script does not pass loss_mask to {type(model).__name__}: pass it, or use a loss without "
                 "percentile or median"
             )
@@ -100,7 +112,7 @@ class LossHook:
             gate = SFTGate()  # what evaluation returns is the plain cross entropy in any case
         if gate.needs_sequence_ids:
             if sequence_ids is None:
-                sequence_ids = _sequence_ids(labels, self._noted["packed_seq_params"])
+                sequence_ids = _sequence_ids(labels, self._noted["packed_seq_params"], self.name)
             sequence_ids = sequence_ids.transpose(0, 1)
         else:
             sequence_ids = None
@@ -143,7 +155,7 @@ class LossHook:
         if not isinstance(logits, DeferredLogits):
             raise ValueError(
                 "--eaft-linear-chunk: this model did not hand the output of its output layer to its loss as it is, so "
-                "its logits are whole already: leave the flag out"
+                "its logits are whole already: remove the flag"
             )
         return vocab_parallel_linear_token_loss(
             logits.hidden,
@@ -170,8 +182,13 @@ def installed() -> LossHook | None:
     return _installed
 
 
-def install(settings: LossSettings) -> LossHook:
+def install(settings: LossSettings | None = None, *, gate: Gate | None = None) -> LossHook:
     """Make every GPTModel, MambaModel and HybridModel of this process compute its loss as ``settings`` say.
+
+    Args:
+        settings: default: EAFT as the paper has it.
+        gate: one of your own, which takes the place of a method; of ``settings`` K, the true vocabulary and the
+            linear loss count then. Side columns, statistics and metrics are as for ours.
 
     Models need not be built yet. The hook follows the host's ``loss_mask`` where the model is given one: a token
     whose mask is 0 is ignored before anything else is computed from it. ``"sft"`` is the plain cross entropy over the
@@ -179,7 +196,8 @@ def install(settings: LossSettings) -> LossHook:
 
     Raises:
         ValueError: a hook is installed already, or this megatron-core's loss method is not the one we know, or a
-            subclass overrides it (its losses would silently not be ours).
+            subclass overrides it (its losses would silently not be ours); or ``gate`` is no :class:`Gate`, or cannot
+            work with ``settings``.
     """
     global _installed
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -188,7 +206,10 @@ def install(settings: LossSettings) -> LossHook:
         raise ValueError("the EAFT loss hook is installed already; call eaft_megatron.hooks.uninstall() first")
     _check_signature(LanguageModule)
     _check_overrides(LanguageModule)
-    hook = LossHook(settings)
+    settings = LossSettings() if settings is None else settings
+    if gate is not None:
+        check_own_gate(gate, settings)
+    hook = LossHook(settings, gate)
     original = getattr(LanguageModule, _METHOD)
 
     @functools.wraps(original)
@@ -204,6 +225,15 @@ def install(settings: LossSettings) -> LossHook:
         raise
     _installed = hook
     return hook
+
+
+def check_own_gate(gate: Gate, settings: LossSettings) -> None:
+    """``ValueError`` if this is no gate, does not work with this K, or ``settings`` hold options of another method."""
+    if not isinstance(gate, Gate):
+        raise ValueError(f"gate must be an instance of eaft_megatron.loss.gates.Gate, got {gate!r}")
+    if settings.options or settings.eaft_gate != "linear":
+        raise ValueError(f"{settings!r} holds options of a method, whose place gate {gate!r} takes: remove one of them")
+    gate.check(min(settings.topk, settings.true_vocab_size or settings.topk))
 
 
 def uninstall() -> None:
@@ -248,14 +278,14 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
     def noting(self, *args, **kwargs):
         if getattr(type(self), _METHOD) is not getattr(_language_module(), _METHOD) or _METHOD in vars(self):
             raise ValueError(
-                f"{type(self).__name__} overrides {_METHOD}: its loss would not be --loss-type "
-                f"{hook.settings.loss_type}. Remove the override, or call vocab_parallel_eaft_loss in it"
+                f"{type(self).__name__} overrides {_METHOD}: its loss would not be that of {hook.name}. "
+                "Remove the override, or call vocab_parallel_eaft_loss in it"
             )
         arguments = signature.bind(self, *args, **kwargs).arguments
         if arguments.get("output_processor") is not None:
             raise ValueError(
-                f"output_processor takes the loss of {type(self).__name__} into its own hands, where --loss-type "
-                f"{hook.settings.loss_type} cannot reach it: leave it out, or call vocab_parallel_eaft_loss in it"
+                f"output_processor takes the loss of {type(self).__name__} into its own hands, where {hook.name} "
+                "cannot reach it: remove it, or call vocab_parallel_eaft_loss in it"
             )
         outer, hook._noted = hook._noted, {key: arguments.get(key) for key in _NOTED}
         defers = hook.settings.linear_chunk is not None and arguments.get("labels") is not None
@@ -302,7 +332,7 @@ def _masked_target(labels: Tensor, loss_mask: Tensor | None) -> Tensor:
     return labels.masked_fill(loss_mask.reshape(labels.shape) == 0, _IGNORE_INDEX)
 
 
-def _sequence_ids(labels: Tensor, packed_seq_params: Any) -> Tensor:
+def _sequence_ids(labels: Tensor, packed_seq_params: Any, name: str) -> Tensor:
     """``[b, s]`` int64: which sequence each token belongs to, numbered apart on every data-parallel rank.
 
     Context-parallel ranks hold parts of the same sequences and number them alike.
@@ -311,8 +341,8 @@ def _sequence_ids(labels: Tensor, packed_seq_params: Any) -> Tensor:
 
     if packed_seq_params is not None:
         raise ValueError(
-            "--loss-type talr takes its median over sequences, and packed sequences are not told apart in this "
-            "release: give --talr-tau, or do not pack"
+            f"{name} takes statistics over sequences, and packed sequences are not told apart in this release: do not "
+            "pack, or (talr) give --talr-tau"
         )
     rows = torch.arange(labels.shape[0], device=labels.device).unsqueeze(1).expand(labels.shape)
     return rows + labels.shape[0] * parallel_state.get_data_parallel_rank()

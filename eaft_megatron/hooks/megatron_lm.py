@@ -16,18 +16,24 @@ from typing import Any
 
 from eaft_megatron.hooks.arguments import add_eaft_arguments, named_paths, settings_from_args
 from eaft_megatron.hooks.evaluation import evaluate_sets
-from eaft_megatron.hooks.loss_hook import install, installed
+from eaft_megatron.hooks.loss_hook import check_own_gate, install, installed
 from eaft_megatron.hooks.metrics import wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
 from eaft_megatron.hooks.reporting import watch_training
 from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
+from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.hooks.side_columns import rebind_get_batch
+from eaft_megatron.loss.gates import Gate
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
 
 def attach(
-    args: argparse.Namespace, forward_step_func: Callable | None = None, *, prepared: Any = None
+    args: argparse.Namespace,
+    forward_step_func: Callable | None = None,
+    *,
+    prepared: Any = None,
+    gate: Gate | None = None,
 ) -> Callable | None:
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
 
@@ -38,6 +44,8 @@ def attach(
         args: Megatron-LM's flags, ours among them.
         forward_step_func: to be given our metrics.
         prepared: what opens ``--sft-data``, :class:`eaft_megatron.data.megatron_source.MegatronSource`; from ``run``.
+        gate: one of your own, instead of ``--loss-type``; its ``repr`` is kept in ``args``, and a run that resumes a
+            checkpoint must have the same.
 
     Returns:
         ``forward_step_func`` with our metrics in its report (None if none was given).
@@ -48,30 +56,37 @@ def attach(
     if not hasattr(args, "loss_type"):
         raise ValueError(_NO_YAML)
     settings = settings_from_args(args)
+    if gate is not None:
+        _note_own_gate(args, settings, gate)
     guard_resumption()
     carry_record(args)
-    if settings.loss_type == "sft":
+    if settings.loss_type == "sft" and gate is None:
         if settings.linear_chunk is not None:
-            raise ValueError(
-                "--eaft-linear-chunk: --loss-type sft is Megatron's own loss, of whole logits: leave it out"
-            )
+            raise ValueError("--eaft-linear-chunk: --loss-type sft is Megatron's own loss, of whole logits: remove it")
         _say_what_sft_ignores(args)
-        _open_data(args, settings, prepared)
+        _open_data(args, settings.gate(), prepared)
         return forward_step_func
     args.true_vocab_size = true_vocab_size(args)
     settings = settings_from_args(args)
     active = installed()
     if active is None:
         refuse_unsupported(args)
-        _refuse_without_scores(args, settings)
-        active = install(settings)
+        _refuse_without_scores(args, gate or settings.gate())
+        active = install(settings, gate=gate)
         active.check_finite = turns_off_nan_check(args, _version())
         _advise(args)
         watch_training(active)
-        _open_data(args, settings, prepared)
-    elif active.settings != settings:
+        _open_data(args, active.gate, prepared)
+    elif active.settings != settings or active.own_gate != gate:
         raise ValueError("the loss hook is installed already, with other settings than the flags: give one of them")
     return None if forward_step_func is None else wrap_forward_step(forward_step_func, active)
+
+
+def _note_own_gate(args: argparse.Namespace, settings: LossSettings, gate: Gate) -> None:
+    if settings.loss_type != "sft":
+        raise ValueError(f"attach(gate={gate!r}) takes the place of --loss-type {settings.loss_type}: remove the flag")
+    check_own_gate(gate, settings)
+    args.eaft_own_gate = repr(gate)  # a plain text: Megatron pickles its arguments into checkpoints
 
 
 def _version() -> tuple[int, int]:
@@ -89,7 +104,7 @@ def _say_what_sft_ignores(args: argparse.Namespace) -> None:
             warnings.warn(f"{flag} has no effect with --loss-type sft, which is Megatron's own loss", stacklevel=3)
 
 
-def _open_data(args: argparse.Namespace, settings, prepared: Any) -> None:
+def _open_data(args: argparse.Namespace, gate: Gate, prepared: Any) -> None:
     """Open --sft-data, and have its evaluation sets evaluated one by one; last, so that it sees our wrappers."""
     if not args.sft_data:
         if args.sft_eval_data or args.sft_packing != "auto":
@@ -100,7 +115,7 @@ def _open_data(args: argparse.Namespace, settings, prepared: Any) -> None:
     if prepared is None:
         raise ValueError("--sft-data needs `python -m eaft_megatron.run SCRIPT ...`; a patched checkout cannot read it")
     args.sft_eval_sets = named_paths(args.sft_eval_data, "--sft-eval-data")
-    data = prepared.open(args, settings.gate(), _version())
+    data = prepared.open(args, gate, _version())
     args.sft_data_sha256 = data.fingerprint()
     first = getattr(args, "rank", 0) == 0
     if first:
@@ -184,8 +199,8 @@ def taken_flag_message(flag: str) -> str:
     """What to do where the script defines a flag of ours."""
     return (
         f"this script defines {flag} itself, so it cannot choose the loss here. Call "
-        "eaft_megatron.hooks.install(LossSettings(...)) from Python instead, and leave eaft_megatron.run out (as in a "
-        "checkout that carries one of our patches)"
+        "eaft_megatron.hooks.install(LossSettings(...)) from Python instead, and start it without eaft_megatron.run "
+        "(as in a checkout that carries one of our patches)"
     )
 
 
@@ -215,10 +230,11 @@ def _with_our_forward_step(pretrain: Callable, prepared: Any) -> Callable:
     return with_metrics
 
 
-def _refuse_without_scores(args: argparse.Namespace, settings) -> None:
-    if (columns := settings.gate().needs_side) and not args.sft_data:
+def _refuse_without_scores(args: argparse.Namespace, gate: Gate) -> None:
+    if (columns := gate.needs_side) and not args.sft_data:
+        name = getattr(args, "eaft_own_gate", f"--loss-type {args.loss_type}")
         raise ValueError(
-            f"--loss-type {settings.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
+            f"{name} needs scores of the frozen base model ({', '.join(columns)}) beside the "
             "data, which this script's own batches do not carry: `eaft-megatron prepare` the data, `eaft-megatron "
             "score` it, and give --sft-data"
         )

@@ -73,8 +73,7 @@ def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: in
             return result
         if hook.latest is None or (hook.calls == calls_before and not hook.replayed):
             raise RuntimeError(
-                f"--loss-type {hook.settings.loss_type}: the loss hook was not called in this forward pass; "
-                "the model computes its loss elsewhere"
+                f"{hook.name}: the loss hook was not called in this forward pass; the model computes its loss elsewhere"
             )
         *head, report = result
         if hook.check_finite and not bool(torch.isfinite(head[0]).all()):

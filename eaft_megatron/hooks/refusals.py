@@ -8,7 +8,7 @@ from collections.abc import Callable
 _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
     (
         lambda args: getattr(args, "use_legacy_models", False),
-        "--use-legacy-models computes its loss outside megatron-core: leave it out",
+        "--use-legacy-models computes its loss outside megatron-core: remove it",
     ),
     (
         lambda args: (
@@ -16,19 +16,19 @@ _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
             and getattr(args, "cross_entropy_fusion_impl", "native") != "native"
         ),
         "--cross-entropy-loss-fusion with --cross-entropy-fusion-impl other than native asks for another loss kernel: "
-        "leave both out, this loss is fused already",
+        "remove both, this loss is fused already",
     ),
     (
         lambda args: bool(getattr(args, "export_kd_teacher_load", None)),
-        "--export-kd-teacher-load (knowledge distillation) replaces the model's loss: leave it out",
+        "--export-kd-teacher-load (knowledge distillation) replaces the model's loss: remove it",
     ),
     (
         lambda args: bool(getattr(args, "logits_load_dir", None)),
-        "--logits-load-dir (distillation from cached logits) replaces the model's loss: leave it out",
+        "--logits-load-dir (distillation from cached logits) replaces the model's loss: remove it",
     ),
     (
         lambda args: bool(getattr(args, "logits_save_dir", None)),
-        "--logits-save-dir replaces the model's loss by one that only saves its logits: leave it out",
+        "--logits-save-dir replaces the model's loss by one that only saves its logits: remove it",
     ),
     (
         lambda args: _graphs_whole_iterations(args),
@@ -37,15 +37,15 @@ _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
     ),
     (
         lambda args: bool(getattr(args, "perform_rl_step", False)),
-        "--perform-rl-step trains on its own objective: leave it out",
+        "--perform-rl-step trains on its own objective: remove it",
     ),
     (
         lambda args: getattr(args, "check_for_nan_in_loss_and_grad", True) is False and not _own_doing(args),
-        "--no-check-for-nan-in-loss-and-grad would let NaN or inf logits train on: leave it out",
+        "--no-check-for-nan-in-loss-and-grad would let NaN or inf logits train on: remove it",
     ),
     (
         lambda args: bool(getattr(args, "label_smoothing", 0)),
-        "--label-smoothing is not part of this loss: leave it out",
+        "--label-smoothing is not part of this loss: remove it",
     ),
 )
 
@@ -65,7 +65,7 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             raise ValueError(f"--loss-type {args.loss_type}: {message}; or train with --loss-type sft")
     for name, flag in _REFUSED_WITH_CHUNKS.items() if args.eaft_linear_chunk else ():
         if getattr(args, name, None):
-            raise ValueError(f"--eaft-linear-chunk cannot serve {flag}: leave one of them out")
+            raise ValueError(f"--eaft-linear-chunk cannot serve {flag}: remove one of them")
 
 
 def turns_off_nan_check(args: argparse.Namespace, version: tuple[int, int]) -> bool:

@@ -35,7 +35,7 @@ def _checking_first_step(hook: LossHook, train_step: Callable) -> Callable:
 
             if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and not (hook.calls or hook.replayed):
                 raise RuntimeError(
-                    f"--loss-type {hook.settings.loss_type}: the first step is over and the loss hook was never "
+                    f"{hook.name}: the first step is over and the loss hook was never "
                     "called; the model computes its loss elsewhere"
                 )
         return result

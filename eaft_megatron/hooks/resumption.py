@@ -42,7 +42,14 @@ def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> 
             "--load: the checkpoint was trained on other data than --sft-data, or with another --seed or packing, so "
             "the number of samples consumed means nothing here: give the same, or start from its weights (--finetune)"
         )
-    names = ("loss_type",) if before.loss_type == now.loss_type == "sft" else loss_arguments()
+    gates = getattr(before, "eaft_own_gate", None), getattr(now, "eaft_own_gate", None)
+    if gates[0] != gates[1]:
+        raise ValueError(
+            f"--load: the checkpoint was trained with {_said(gates[0])}, this run has {_said(gates[1])}: give the same "
+            "gate, or start anew from its weights with --finetune"
+        )
+    plain = gates == (None, None) and before.loss_type == now.loss_type == "sft"
+    names = ("loss_type",) if plain else loss_arguments()
     for name in names:
         old, new = getattr(before, name, None), getattr(now, name)
         if old != new:
@@ -51,6 +58,10 @@ def refuse_another_loss(before: argparse.Namespace, now: argparse.Namespace) -> 
                 f"--load: the checkpoint was trained with {flag} {old}, this run has {new}: give the same loss flags, "
                 "or start anew from its weights with --finetune"
             )
+
+
+def _said(own_gate: str | None) -> str:
+    return "no gate of its own" if own_gate is None else f"the gate {own_gate}"
 
 
 def carry_record(args: argparse.Namespace) -> None:
@@ -84,7 +95,7 @@ def true_vocab_size(args: argparse.Namespace) -> int | None:
             continue
         recorded = json.loads(record.read_text())["true_vocab_size"]
         if given not in (None, recorded):
-            raise ValueError(f"--true-vocab-size {given}, but {record} says {recorded}: leave the flag out")
+            raise ValueError(f"--true-vocab-size {given}, but {record} says {recorded}: remove the flag")
         if given is None and getattr(args, "rank", 0) == 0:
             print(f"--true-vocab-size {recorded}, from {record}", flush=True)
         given = recorded

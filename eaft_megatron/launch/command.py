@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from eaft_megatron.hooks.settings import LossSettings
-from eaft_megatron.launch.recipe import Loss, Recipe
+from eaft_megatron.launch.recipe import Recipe, loss_keys
 from eaft_megatron.models.hf_config import architecture_of
 from eaft_megatron.models.pretrain_flags import pretrain_flags
 
@@ -17,8 +17,6 @@ PLACEHOLDER = "UNKNOWN"
 """Stands in a dry run's command for what only files that are not there could tell."""
 _RECORD = "eaft_model.json"
 _ALIKE = ("--padded-vocab-size", "--transformer-impl", "--spec")  # follow from TP and the implementation
-_LOSS_FIELDS = {"type": "loss_type", "gate": "eaft_gate"}  # LossSettings has the others under the names of the recipe
-_EAFT = ("gate", "topk", "alpha", "entropy_norm", "threshold", "percentile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +97,23 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("checkpoint.export_hf is for entrypoint train: use `eaft-megatron convert to-hf` afterwards")
     if recipe.data.sft_data and recipe.data.jsonl:
         raise ValueError("data.sft_data and data.jsonl: give one of them")
-    _loss_settings(recipe.loss)
+    loss_settings(recipe)
 
 
-def _loss_settings(loss: Loss) -> LossSettings:
-    given = {name: value for name, value in dataclasses.asdict(loss).items() if value is not None}
-    return LossSettings(**{_LOSS_FIELDS.get(name, name): value for name, value in given.items()})
+def loss_settings(recipe: Recipe) -> LossSettings:
+    """What the ``loss`` section says; ``ValueError`` names the flag that is wrong or belongs to another method."""
+    keys = loss_keys()
+    return LossSettings(**{keys[key].name: value for key, value in recipe.loss.items()})
 
 
-def _loss_flags(loss: Loss, true_vocab_size: int | None) -> list[str]:
-    flags = ["--loss-type", loss.type]
-    for name, value in dataclasses.asdict(loss).items():
-        if name != "type" and value is not None:
-            flag = f"eaft_{name}" if name in _EAFT else name
-            flags += ["--" + flag.replace("_", "-"), str(value)]
-    if true_vocab_size is not None and loss.type != "sft":
+def _loss_flags(recipe: Recipe, true_vocab_size: int | None) -> list[str]:
+    flags, keys = [], loss_keys()
+    for key, value in recipe.loss.items():
+        if keys[key].kind is not bool:
+            flags += [keys[key].flag, str(value)]
+        elif value:
+            flags.append(keys[key].flag)
+    if true_vocab_size is not None and recipe.loss["type"] != "sft":
         flags += ["--true-vocab-size", str(true_vocab_size)]
     return flags
 
@@ -263,7 +263,7 @@ def _gpt_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str
         flags += ["--save-retain-interval", str(recipe.checkpoint.keep_every)]
     for name, folder in recipe.data.eval.items():
         flags += ["--sft-eval-data", f"{name}={Path(folder).absolute()}"]
-    return flags + _loss_flags(recipe.loss, true_vocab_size)
+    return flags + _loss_flags(recipe, true_vocab_size)
 
 
 def _train_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str]:
@@ -284,4 +284,4 @@ def _train_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[s
         flags += ["--eval-interval", str(recipe.log.eval_interval)]
     if recipe.checkpoint.export_hf:
         flags += ["--export-hf", str(folder / "hf")]
-    return flags + _loss_flags(recipe.loss, None)
+    return flags + _loss_flags(recipe, None)

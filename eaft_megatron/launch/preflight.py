@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from eaft_megatron.launch import file_checks
-from eaft_megatron.launch.command import run_folder
+from eaft_megatron.launch.command import loss_settings, run_folder
 from eaft_megatron.launch.recipe import Recipe
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_eaft_loss
@@ -247,8 +247,8 @@ def _check_loss(recipe: Recipe, group: dist.ProcessGroup | None, device: torch.d
     target[::7] = -100
     kept = torch.bfloat16 if recipe.optimization.bf16 else torch.float32
     whole = logits.to(kept).double().requires_grad_()
-    options = {"topk": recipe.loss.topk or 20, "alpha": recipe.loss.alpha or 1.0}
-    options["entropy_norm"] = recipe.loss.entropy_norm
+    settings = loss_settings(recipe)
+    options = {"topk": settings.topk, "alpha": settings.alpha, "entropy_norm": settings.entropy_norm}
     expected = reference_eaft_loss(whole, target, **options)[0]
     expected.sum().backward()
     padded = torch.full((64, columns * size), 1e4, dtype=kept)  # padding that would be seen if it were read

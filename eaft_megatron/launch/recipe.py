@@ -1,6 +1,7 @@
 """A training run as a YAML file. Strict: an unknown key is an error that names the nearest valid one.
 
-Every section is a dataclass below, every key a field of it; README.md in examples/recipes lists them.
+Every section but ``loss`` is a dataclass below, every key a field of it; the keys of ``loss`` are the loss flags' own
+(:func:`loss_keys`). README.md in examples/recipes lists them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
+
+from eaft_megatron.hooks.settings import loss_options
+from eaft_megatron.methods import Option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,22 +42,6 @@ class Data:
     eval: dict[str, str] = dataclasses.field(default_factory=dict)
     jsonl: str | None = None
     seq_length: int = 16384
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Loss:
-    """The loss flags without their prefix; None: the flag is left out."""
-
-    type: str = "eaft"
-    gate: str | None = None
-    topk: int | None = None
-    alpha: float | None = None
-    entropy_norm: float | None = None
-    threshold: float | None = None
-    percentile: float | None = None
-    talr_tau: float | None = None
-    talr_min_weight: float | None = None
-    sft_kl_beta: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +137,7 @@ class Recipe:
         name: of the job and of the run folder.
         run_dir: where run folders go: RUN_DIR/NAME.
         megatron_lm: a Megatron-LM checkout; $MEGATRON_LM_PATH where it is not given.
+        loss: the values given, by :func:`loss_keys`; a key that is not given leaves its flag out.
         python: the interpreter on the nodes; the one that runs `eaft-megatron launch` where it is not given.
         environment: variables for every process.
         flags: further flags of the entrypoint, as they are.
@@ -161,7 +150,7 @@ class Recipe:
     python: str | None = None
     model: Model
     data: Data = dataclasses.field(default_factory=Data)
-    loss: Loss = dataclasses.field(default_factory=Loss)
+    loss: dict[str, Any] = dataclasses.field(default_factory=lambda: {"type": "eaft"})
     optimization: Optimization = dataclasses.field(default_factory=Optimization)
     parallel: Parallel = dataclasses.field(default_factory=Parallel)
     memory: Memory = dataclasses.field(default_factory=Memory)
@@ -170,6 +159,11 @@ class Recipe:
     slurm: Slurm = dataclasses.field(default_factory=Slurm)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     flags: list[str] = dataclasses.field(default_factory=list)
+
+
+def loss_keys() -> dict[str, Option]:
+    """Keys of the ``loss`` section, and the flags that they stand for."""
+    return {option.recipe_key: option for option in loss_options() if option.recipe_key}
 
 
 def read_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
@@ -220,7 +214,12 @@ def _build(kind: type, values: Any, where: str, source: str) -> Any:
     for key in values:
         if key not in fields:
             raise ValueError(f"{source}: unknown key {_join(where, key)}{_nearest(str(key), where, list(fields))}")
-    built = {key: _value(hints[key], value, _join(where, key), source) for key, value in values.items()}
+    built = {
+        key: _loss(value, source)
+        if (kind, key) == (Recipe, "loss")
+        else _value(hints[key], value, _join(where, key), source)
+        for key, value in values.items()
+    }
     needed = [
         name
         for name, field in fields.items()
@@ -229,6 +228,17 @@ def _build(kind: type, values: Any, where: str, source: str) -> Any:
     if needed:
         raise ValueError(f"{source}: {_join(where, needed[0])} is missing")
     return kind(**built)
+
+
+def _loss(values: Any, source: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{source}: loss must be a section, got {values!r}")
+    known = loss_keys()
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{source}: unknown key loss.{key}{_nearest(str(key), 'loss', list(known))}")
+    given = {key: _value(known[key].kind | None, value, f"loss.{key}", source) for key, value in values.items()}
+    return {"type": "eaft", **{key: value for key, value in given.items() if value is not None}}
 
 
 def _join(where: str, key: Any) -> str:
@@ -245,6 +255,7 @@ def _nearest(key: str, where: str, known: list[str]) -> str:
         if dataclasses.is_dataclass(kind := typing.get_type_hints(Recipe)[section.name])
         for field in dataclasses.fields(kind)
     }
+    everywhere |= {key: f"loss.{key}" for key in loss_keys()}
     everywhere |= {field.name: field.name for field in dataclasses.fields(Recipe)}
     if close := difflib.get_close_matches(key, everywhere, n=1):
         return f": did you mean {everywhere[close[0]]}?"

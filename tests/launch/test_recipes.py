@@ -64,7 +64,7 @@ def test_the_config_has_the_parameters_of_the_model_card(name):
 def test_the_papers_hyperparameters(name):
     """lr 1e-5, cosine, warmup ratio 0.03, batch 64, 10 epochs, 16384 tokens, AdamW, EAFT with K = 20, token mean."""
     recipe = _recipe(name, "optimization.train_iters=100", "model.checkpoint=nowhere")
-    assert (recipe.optimization.epochs, recipe.loss.type) == (10, "eaft")
+    assert (recipe.optimization.epochs, recipe.loss["type"]) == (10, "eaft")
     text = " ".join(build_command(recipe).argv)
     for flags in (
         "--lr 1e-05 --min-lr 0.0 --lr-decay-style cosine --lr-warmup-fraction 0.03",

@@ -1,0 +1,200 @@
+"""The table of methods: one row says all that flags, recipes, refusals, pages and documents need to know of a method.
+
+A new method is a gate (:mod:`eaft_megatron.loss.gates`) and a row of :data:`METHODS` or :data:`EAFT_GATES`. Each option
+of the row is then a keyword of ``LossSettings``, a flag of ``run`` and ``train``, and a key of a recipe's ``loss:``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from eaft_megatron.loss import gates
+from eaft_megatron.loss.gates import Gate
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """A number, a word or a switch that users give.
+
+    Attributes:
+        name: keyword of ``LossSettings``.
+        flag: as typed, ``--talr-tau``.
+        help: of the flag.
+        kind: int, float, str, or bool for a flag without a value.
+        metavar: stands for the value in ``--help``.
+        default: where the option is not given. None, for an option of a method: the default of its gate.
+        argument: of the gate, where it is called otherwise than ``name``.
+        choices: the values there are.
+        key: in a recipe, where it is called otherwise than ``name``; "": not a recipe's to say.
+        same_loss: it changes what the loss costs, not the loss, so a resumed run may have another value.
+    """
+
+    name: str
+    flag: str
+    help: str
+    kind: type = float
+    metavar: str | None = None
+    default: Any = None
+    argument: str | None = None
+    choices: tuple[str, ...] | None = None
+    key: str | None = None
+    same_loss: bool = False
+
+    @property
+    def destination(self) -> str:
+        """The name under which argparse keeps the value."""
+        return self.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def recipe_key(self) -> str:
+        """Key in a recipe's ``loss:`` section; "" where it has none."""
+        return self.name if self.key is None else self.key
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to weight tokens.
+
+    Attributes:
+        gate: the class; its arguments are the options.
+        weight: of a token, for the documentation's table; Markdown.
+        options: what users may choose. Methods may share one.
+        source: of the method, for the same table; "" where it is EAFT's paper.
+        landscape: what `eaft-megatron landscape` shows of it: name -> arguments of the gate. None: nothing, since it
+            gives every token of the model that scored the data the same weight or needs more than the scores.
+    """
+
+    gate: type[Gate]
+    weight: str
+    options: tuple[Option, ...] = ()
+    source: str = ""
+    landscape: Mapping[str, Mapping[str, Any]] | None = None
+
+    def build(self, values: Mapping[str, Any]) -> Gate:
+        """The gate, from option name -> value; what is None or missing is left to the gate's own defaults."""
+        given = {option.argument or option.name: values.get(option.name) for option in self.options}
+        return self.gate(**{argument: value for argument, value in given.items() if value is not None})
+
+
+_ENTROPY_NORM = Option(
+    "entropy_norm",
+    "--eaft-entropy-norm",
+    "divisor of the entropy (default: ln K; the authors' code uses 3.0)",
+    metavar="NATS",
+)
+_PERCENTILE = Option(
+    "percentile",
+    "--eaft-percentile",
+    "threshold gate and conflict mask: percentile of the micro-batch (paper: 15)",
+    metavar="PCT",
+)
+
+EAFT_GATES: dict[str, Method] = {
+    "linear": Method(
+        gates.EAFTGate,
+        "`h ** alpha`, `h = H_top20 / ln 20`",
+        (
+            Option("alpha", "--eaft-alpha", "linear gate: h ** A; the paper also tries 2 and 3 (default: 1)",
+                   metavar="A", default=1.0),
+            _ENTROPY_NORM,
+        ),
+        landscape={"linear": {}, "alpha 2": {"alpha": 2.0}, "alpha 3": {"alpha": 3.0}},
+    ),
+    "sigmoid": Method(
+        gates.SigmoidGate, "`sigmoid(30 (h - 0.17))`", (_ENTROPY_NORM,), landscape={"sigmoid": {}}
+    ),
+    "threshold": Method(
+        gates.ThresholdGate,
+        "1 where h is above `--eaft-threshold`, or above the `--eaft-percentile`",
+        (
+            _ENTROPY_NORM,
+            Option("threshold", "--eaft-threshold", "threshold gate: train where h > H", metavar="H"),
+            _PERCENTILE,
+        ),
+        landscape={"threshold": {"percentile": 15.0}},
+    ),
+    "conflict-mask": Method(
+        gates.ConflictMaskGate,
+        "0 where H and p are both below their 15th percentiles",
+        (_ENTROPY_NORM, _PERCENTILE),
+        landscape={"conflict mask": {"percentile": 15.0}},
+    ),
+}  # fmt: skip
+"""``--eaft-gate`` -> the row; the first one is the default."""
+
+METHODS: dict[str, Method | dict[str, Method]] = {
+    "sft": Method(gates.SFTGate, "1"),
+    "eaft": EAFT_GATES,
+    "dft": Method(gates.DFTGate, "`p`", source="arXiv 2508.05629", landscape={"dft": {}}),
+    "talr": Method(
+        gates.TALRGate,
+        "`max(p ** (1 / tau), 0.01)`, tau the median of the sequences' mean losses",
+        (
+            Option("talr_tau", "--talr-tau", "TALR: temperature (default: median of the sequences' mean loss)",
+                   metavar="T", argument="tau"),
+            Option("talr_min_weight", "--talr-min-weight", "TALR: floor of the weight (default: 0.01)",
+                   metavar="W", default=0.01, argument="min_weight"),
+        ),
+        source="arXiv 2509.20758",
+        landscape={"talr": {}},
+    ),
+    "flow": Method(
+        gates.FLOWGate,
+        "`exp(-f / median f)` per sample, f the frozen base model's loss",
+        source="arXiv 2502.02797",
+    ),
+    "sft-kl": Method(
+        gates.SFTKLGate,
+        "1, plus `0.5 * k3` to the frozen base model",
+        (
+            Option("sft_kl_beta", "--sft-kl-beta", "SFT-KL: weight of the KL term (default: 0.5)",
+                   metavar="B", default=0.5, argument="beta"),
+        ),
+    ),
+}  # fmt: skip
+"""``--loss-type`` -> the row, or the rows among which ``--eaft-gate`` chooses."""
+
+
+def rows() -> list[tuple[str, str | None, Method]]:
+    """(``--loss-type``, ``--eaft-gate`` or None, the method), in the order of the table."""
+    found: list[tuple[str, str | None, Method]] = []
+    for loss_type, entry in METHODS.items():
+        variants = {None: entry} if isinstance(entry, Method) else entry
+        found += [(loss_type, gate, method) for gate, method in variants.items()]
+    return found
+
+
+def method_options() -> list[Option]:
+    """Every option of every method, each once.
+
+    Raises:
+        ValueError: two different options have one name, or one flag.
+    """
+    found: dict[str, Option] = {}
+    for loss_type, _, method in rows():
+        for option in method.options:
+            same = [other for other in found.values() if option.name == other.name or option.flag == other.flag]
+            if any(other != option for other in same):
+                raise ValueError(f"{option.flag} ({option.name}) of {loss_type} is another option's name or flag too")
+            found[option.name] = option
+    return list(found.values())
+
+
+def markdown_table() -> str:
+    """The table of the documentation."""
+    lines = ["| `--loss-type` | weight of a token (always detached) | flags | needs |", "|---|---|---|---|"]
+    for loss_type, gate, method in rows():
+        name = f"`{loss_type}`" if gate is None else f"`{loss_type} --eaft-gate {gate}`"
+        if gate == next(iter(EAFT_GATES)):
+            name = f"`{loss_type}` (`--eaft-gate {gate}`)"
+        source = f" ({method.source})" if method.source else ""
+        flags = ", ".join(f"`{option.flag}`" for option in method.options)
+        needs = ", ".join(f"side column `{column}`" for column in method.gate.needs_side)
+        lines.append(f"| {name}{source} | {method.weight} | {flags} | {needs} |".replace("  ", " "))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown_table())
