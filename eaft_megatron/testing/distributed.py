@@ -1,8 +1,9 @@
 """Run a function in several real processes joined by a gloo process group; torch only, no ports, no megatron.
 
-How one run works: the parent makes a temporary folder and starts the ranks (spawn). Everything goes through files
-there: the call (call.pt), the rendezvous (store), and for each rank its output (.log), its hang dump (.stacks) and
-its outcome (.result or .error, renamed into place so a file that exists is complete). A rank that has written its
+How one run works: the parent makes a temporary folder and starts the ranks, forked from a process that has torch and
+megatron imported (`forkserver`), or spawned where a rank needs a fresh interpreter. Everything goes through files in
+that folder: the call (call.pt), the rendezvous (store), and for each rank its output (.log), its hang dump (.stacks)
+and its outcome (.result or .error, renamed into place so a file that exists is complete). A rank that has written its
 result counts as successful whatever its exit code: gloo sometimes aborts an exiting process.
 """
 
@@ -31,6 +32,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.testing.forkserver import ForkedProcess, ForkServer, fork_server
+
 _GRACE_S = 2.0  # what the other ranks get after the first failure
 _EXIT_GRACE_S = 10.0  # what a rank gets to exit once every result is there
 _LOG_TAIL_LINES = 30
@@ -50,6 +53,7 @@ def run_distributed(
     *args: Any,
     timeout: float = 120.0,
     env: Mapping[str, str | None] | None = None,
+    fresh: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
     """Call fn(*args, **kwargs) in `world_size` processes and return what the ranks returned, in rank order.
@@ -57,6 +61,9 @@ def run_distributed(
     fn: a module-level function; arguments and results are pickled (tensors included: each rank gets its own copy).
     timeout: seconds for the whole run, starting the processes included.
     env: extra environment of the ranks, in place before they import anything; None as a value removes a variable.
+    fresh: give each rank an interpreter of its own that has imported nothing; seconds more of CPU time a rank. Without
+        it the ranks are forked with torch and megatron-core imported, unless a variable that an import may read is
+        not what it was when they were imported (`env`, or a change of os.environ): then they are fresh, too.
 
     In each rank torch.distributed is initialised (gloo), RANK, LOCAL_RANK, WORLD_SIZE and OMP_NUM_THREADS=1 are set.
     What the ranks print is shown, prefixed with the rank, when the run ends.
@@ -74,7 +81,7 @@ def run_distributed(
         torch.save((args, kwargs), folder / "call.pt")
         run = _Run(folder, world_size, deadline=time.monotonic() + timeout)
         try:
-            run.start(target, timeout, env or {})
+            run.start(target, timeout, env or {}, fresh)
             timed_out = run.wait()
         finally:
             run.kill()
@@ -89,24 +96,27 @@ class _Run:
 
     def __init__(self, folder: Path, world_size: int, deadline: float) -> None:
         self.folder, self.world_size, self.deadline = folder, world_size, deadline
-        self.processes: list[mp.process.BaseProcess] = []
+        self.processes: list[mp.process.BaseProcess | ForkedProcess] = []
         self.died: dict[int, float] = {}  # rank -> time its death was seen, for ranks that left no outcome
         self.killed = False  # from then on a silent death is our own doing
 
     def path(self, rank: int, suffix: str) -> Path:
         return self.folder / f"rank{rank}.{suffix}"
 
-    def start(self, target: tuple, timeout: float, env: Mapping[str, str | None]) -> None:
-        context = mp.get_context("spawn")
+    def start(self, target: tuple, timeout: float, env: Mapping[str, str | None], fresh: bool) -> None:
+        server = None if fresh or target[0] == "__main__" else fork_server()
         for rank in range(self.world_size):
-            process = context.Process(
-                target=_child, args=(target, str(self.folder), rank, self.world_size, timeout), name=f"rank{rank}"
-            )
             ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.world_size, "OMP_NUM_THREADS": 1}
-            # Set around the start: a child imports torch before any line of ours runs in it.
+            # Set around the start: a spawned child imports torch before any line of ours runs in it.
             with _environment({**{key: str(value) for key, value in ours.items()}, **env}):
-                process.start()
-            self.processes.append(process)
+                self.processes.append(self._start(server, (target, str(self.folder), rank, self.world_size, timeout)))
+
+    def _start(self, server: ForkServer | None, call: tuple) -> mp.process.BaseProcess | ForkedProcess:
+        if server is not None and server.matches(os.environ):
+            return server.fork(_child, *call, environment=os.environ)
+        process = mp.get_context("spawn").Process(target=_child, args=call, name=f"rank{call[2]}")
+        process.start()
+        return process
 
     def wait(self) -> bool:
         """Until every rank has exited, or one failed and the grace is over, or the deadline: then True."""
@@ -259,8 +269,8 @@ def _load_by_file(name: str, file: Path) -> ModuleType:
     return module
 
 
-def _child(target: tuple, folder: str, rank: int, world_size: int, timeout: float) -> None:
-    """One rank: outcome to a file, then leave."""
+def _child(target: tuple, folder: str, rank: int, world_size: int, timeout: float, parent: int | None = None) -> None:
+    """One rank: outcome to a file, then leave. parent: what becomes readable once the parent is gone, if forked."""
     base = Path(folder) / f"rank{rank}"
     os.setsid()  # a process group of its own, so that the parent can end helpers of this rank too
     log = os.open(f"{base}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -269,7 +279,8 @@ def _child(target: tuple, folder: str, rank: int, world_size: int, timeout: floa
     stacks = open(f"{base}.stacks", "w")  # noqa: SIM115  stays open for the signal handler
     faulthandler.enable(file=stacks)  # a segmentation fault leaves its stacks there too
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    gone = mp.parent_process().sentinel if parent is None else parent
+    threading.Thread(target=_leave_with_parent, args=(gone,), daemon=True).start()
     try:
         result = _call(target, folder, rank, world_size, timeout)
         _write(f"{base}.result", lambda path: torch.save(result, path))
@@ -303,7 +314,7 @@ def _write(path: str, write: Callable[[str], Any]) -> None:
     os.replace(f"{path}.part", path)
 
 
-def _leave_with_parent() -> None:
+def _leave_with_parent(gone: int) -> None:
     """A parent that was killed cannot end its children: they watch for it."""
-    mp.connection.wait([mp.parent_process().sentinel])
+    mp.connection.wait([gone])
     os._exit(1)

@@ -154,7 +154,7 @@ def changes_over_time():
 
 def test_everything_is_back_on_exit_also_nested_and_after_an_error():
     """Not one attribute of torch or megatron-core is other than before; in a fresh process, so before is before."""
-    changed, still, left = run_distributed(changes_over_time, 1)[0]
+    changed, still, left = run_distributed(changes_over_time, 1, fresh=True)[0]
     assert ("torch.cuda", "current_device") in changed and ("Tensor", "record_stream") in changed
     assert still == "cpu" and left == []
 
@@ -183,4 +183,4 @@ def compile_within_and_after():
 
 def test_torch_compile_is_a_no_op_within_and_itself_afterwards():
     """In a fresh process: the compiler is not imported, may be imported within, and works after."""
-    assert run_distributed(compile_within_and_after, 1) == [(2.0, 2.0)]
+    assert run_distributed(compile_within_and_after, 1, fresh=True) == [(2.0, 2.0)]

@@ -82,6 +82,45 @@ def noisy_exit():
     return dist.get_rank()
 
 
+def leave_traces():
+    """What it sees of the traces; then it leaves them: in modules, torch's defaults, the environment, the folder."""
+    import random
+
+    import numpy
+
+    seen = [
+        hasattr(torch.nn, "trace"),
+        torch.get_default_dtype(),
+        torch.initial_seed(),
+        torch.is_grad_enabled(),
+        os.environ.get("EAFT_TRACE"),
+        os.getcwd(),
+        sys.path[0],
+        "trace" in sys.modules,
+        signal.getsignal(signal.SIGTERM),
+    ]
+    draws = [random.random(), float(numpy.random.rand())]  # fresh interpreters differ here
+    dist.barrier()  # all ranks have looked before one changes anything
+    torch.nn.trace = sys.modules["trace"] = torch
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(1)
+    random.seed(1)
+    numpy.random.seed(1)
+    torch.set_grad_enabled(False)
+    os.environ["EAFT_TRACE"] = str(dist.get_rank())
+    os.chdir("/")
+    sys.path.insert(0, "/trace")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    dist.barrier()
+    again = [torch.get_default_dtype(), torch.is_grad_enabled(), os.environ["EAFT_TRACE"]]
+    assert again == [torch.float64, False, str(dist.get_rank())]
+    return seen, draws
+
+
+def what_is_imported(*variables):
+    return "torch.nn" in sys.modules, "megatron.core.parallel_state" in sys.modules, environment(*variables)
+
+
 def unpicklable():
     return lambda: None
 
@@ -103,6 +142,33 @@ def test_environment_is_set_before_the_rank_starts_and_the_parent_keeps_its_own(
     actual = run_distributed(environment, 2, *names, env={"EAFT_NEW": "x", "EAFT_GONE": None})
     assert actual == [["0", "0", "2", "1", "x", None], ["1", "1", "2", "1", "x", None]]
     assert dict(os.environ) == before
+
+
+def test_no_state_leaks_between_runs_or_ranks():
+    """Modules, torch's defaults, seeds, environment and folder: each rank of each run starts from the same."""
+    runs = [run_distributed(leave_traces, 2) for _ in range(2)]
+    (expected, _), *others = [rank for run in runs for rank in run]
+    assert expected[:2] == [False, torch.float32] and expected[3:6] == [True, None, os.getcwd()]
+    assert all(actual == expected for actual, _ in others)
+    draws = [draw for run in runs for _, rank in run for draw in rank]
+    assert len(set(draws)) == len(draws)
+
+
+def test_a_variable_that_an_import_reads_gets_a_fresh_interpreter(monkeypatch):
+    """By env= or in the parent's environment; one that is read late does not, nor does it wait for fresh=True."""
+    pytest.importorskip("megatron.core")
+    name = "TRITON_INTERPRET"
+
+    def forked(**options):
+        ((_, megatron, values),) = run_distributed(what_is_imported, 1, name, **options)
+        return megatron, values
+
+    assert forked() == (sys.platform == "linux", [os.environ.get(name)])
+    assert forked(env={"EAFT_X": "1"})[0] == (sys.platform == "linux")
+    assert forked(fresh=True)[0] is False
+    assert forked(env={name: "1"}) == (False, ["1"])
+    monkeypatch.setenv(name, "2")
+    assert forked() == (False, ["2"])
 
 
 def test_the_failing_rank_is_named_first_with_its_traceback():
