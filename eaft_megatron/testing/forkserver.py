@@ -81,7 +81,7 @@ class ForkServer:
         self._socket, other = socket.socketpair()
         serve = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({other.fileno()})"
         self._process = subprocess.Popen(
-            [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", serve],
+            [sys.executable, "-c", serve],
             env=self._environment,
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
@@ -241,7 +241,7 @@ def _be_child(request: bytes, connection: socket.socket) -> None:
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
