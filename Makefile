@@ -42,11 +42,13 @@ demo: $(VENV)/.demo
 forgetting: $(VENV)/.demo
 	$(BIN)/python examples/forgetting/experiment.py --output $(FORGETTING_DIR) $(FORGETTING_FLAGS)
 
+# Wall, user and system seconds of the tests and all their processes come last.
+test test-all: SHELL = /bin/bash
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 # Not part of .ci/run: python3.12 is not everywhere, and its torch brings 6 GB of CUDA libraries.
 WHEEL_VENV ?= .venv-megatron-training

@@ -89,6 +89,14 @@ class ForkServer:
             stderr=self._errors,
         )
         other.close()
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        """End the server and wait for it, so that what its children used counts as used by the caller's children."""
+        if self._owner == os.getpid():
+            self._socket.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
 
     def usable(self) -> bool:
         """Whether it is this process's and still there."""

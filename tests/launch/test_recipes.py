@@ -96,7 +96,11 @@ def test_dry_run(path, capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+# Beside the interpreter, for nobody need activate the environment; not resolved: its python may be a link.
+SHELLCHECK = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
 def test_shellcheck(tmp_path):
     """The scripts as they stand, and the script of every recipe."""
     scripts = [
@@ -108,7 +112,7 @@ def test_shellcheck(tmp_path):
         recipe = read_recipe(path)
         scripts.append(tmp_path / f"{path.stem}.sh")
         scripts[-1].write_text(render(recipe, build_command(recipe)))
-    done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True)
+    done = subprocess.run([SHELLCHECK, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
