@@ -62,8 +62,8 @@ class Method:
         weight: of a token, for the documentation's table; Markdown.
         options: what users may choose. Methods may share one.
         source: of the method, for the same table; "" where it is EAFT's paper.
-        landscape: what `eaft-megatron landscape` shows of it: name -> arguments of the gate. None: nothing, since it
-            gives every token of the model that scored the data the same weight or needs more than the scores.
+        landscape: what `eaft-megatron landscape` shows of it: name -> arguments of the gate, the percentile being
+            the user's; None: nothing. A gate there may need the entropy and the percentiles of the batch, no more.
     """
 
     gate: type[Gate]
@@ -138,7 +138,6 @@ METHODS: dict[str, Method | dict[str, Method]] = {
                    metavar="W", default=0.01, argument="min_weight"),
         ),
         source="arXiv 2509.20758",
-        landscape={"talr": {}},
     ),
     "flow": Method(
         gates.FLOWGate,

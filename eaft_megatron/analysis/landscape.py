@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from eaft_megatron.analysis.tokens import ScoredTokens
-from eaft_megatron.loss.gates import ConflictMaskGate, DFTGate, EAFTGate, Gate, GateContext, SigmoidGate, ThresholdGate
+from eaft_megatron.loss.gates import Gate, GateContext
 from eaft_megatron.loss.token_stats import TokenStats
+from eaft_megatron.methods import rows
 
 QUADRANTS = {
     "conflict": "confident conflict: low entropy, low probability",
@@ -22,16 +23,13 @@ QUADRANTS = {
 
 
 def gates(percentile: float) -> dict[str, Gate]:
-    """The gates that are compared, by the names under which they are reported."""
-    return {
-        "linear": EAFTGate(),
-        "alpha 2": EAFTGate(alpha=2.0),
-        "alpha 3": EAFTGate(alpha=3.0),
-        "sigmoid": SigmoidGate(),
-        "threshold": ThresholdGate(percentile=percentile),
-        "conflict mask": ConflictMaskGate(percentile=percentile),
-        "dft": DFTGate(),
-    }
+    """The gates of the table of methods that are compared, by the names under which they are reported."""
+    compared: dict[str, Gate] = {}
+    for *_, method in rows():
+        for name, arguments in (method.landscape or {}).items():
+            own = {"percentile": percentile} if "percentile" in arguments else {}
+            compared[name] = method.gate(**{**arguments, **own})
+    return compared
 
 
 def thresholds(tokens: ScoredTokens, percentile: float) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -31,6 +32,7 @@ from eaft_megatron.hooks import (
     uninstall,
 )
 from eaft_megatron.hooks.metrics import METRICS, metric_sums, wrap_forward_step
+from eaft_megatron.loss.gates import Gate
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
 
@@ -64,6 +66,40 @@ def _in_megatron(check) -> None:
 
         with model_parallel():
             check(build_tiny_gpt(tiny_config())[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class _SideSquaredGate(Gate):
+    """A user's own: ``w = p ** 2 * column``, the column in training alone."""
+
+    needs_side = ("mine",)
+
+    def weight(self, stats, context):
+        return stats.probability**2 * context.side["mine"]
+
+
+def _check_own_gate(model) -> None:
+    batch = _batch()
+    _, ce, *_ = _expected(model, batch, mask=True)
+    column = torch.linspace(0, 1, ce.numel()).view(ce.shape)
+    hook = install(LossSettings(true_vocab_size=VOCAB), gate=_SideSquaredGate())
+    try:
+        hook.side = {"mine": column}
+        actual = _call(model.train(), batch, loss_mask=batch["loss_mask"])
+        expected = (-2 * ce).exp() * column * ce
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=1e-5, atol=1e-6)
+        assert list(metric_sums(hook.latest, batch["loss_mask"])) == list(METRICS)
+        with pytest.raises(ValueError, match="side column 'mine'"):
+            _call(model.train(), batch, loss_mask=batch["loss_mask"])
+        evaluated = _call(model.eval(), batch, loss_mask=batch["loss_mask"])
+        torch.testing.assert_close(evaluated.double(), ce, rtol=1e-5, atol=1e-6)
+    finally:
+        uninstall()
+
+
+def test_a_gate_of_the_users_own():
+    """install(gate=...): its loss and metrics, its side column, and the plain cross entropy in evaluation."""
+    run_distributed(_in_megatron, 1, _check_own_gate, timeout=90)
 
 
 def _check_losses(model) -> None:
