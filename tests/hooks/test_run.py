@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ from tests.hooks.megatron_script import PLAIN
 SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
 
 
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
     """The finished process of a run: alone, or under torchrun where there are several processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -25,7 +32,7 @@ def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool =
     command = [*(torchrun if processes > 1 else []), *runner] if hooked else ["-c", PLAIN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STYLE": style}
     if not hooked:  # eaft_megatron.run sets these where torchrun did not
-        world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29847"}
+        world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": _free_port()}
         environment |= world
     argv = [sys.executable, *command, str(script), *flags]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
