@@ -19,7 +19,7 @@ import sys
 import traceback
 from pathlib import Path
 
-_USAGE = "python -m eaft_megatron.run [--device cpu] SCRIPT [the script's flags] [--loss-type eaft ...]"
+_USAGE = "python -m eaft_megatron.run [our options] SCRIPT [the script's flags] [--loss-type eaft ...]"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,9 +44,19 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Path, list[str]]:
     """Our own options stand before the script, its flags behind it."""
     parser = argparse.ArgumentParser(prog="eaft_megatron.run", usage=_USAGE, allow_abbrev=False)
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto", help="cpu: gloo, CUDA calls stood in for")
+    parser.add_argument(
+        "--transformer-engine",
+        choices=["installed", "standin"],
+        default="installed",
+        help="standin, with --device cpu: plain torch in its place, for its layer specs, CP, THD and experts",
+    )
     parser.add_argument("script", type=Path, help="a script that calls megatron.training.pretrain")
     parser.add_argument("flags", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
+    if options.transformer_engine == "standin" and options.device != "cpu":
+        raise ValueError(
+            "--transformer-engine standin is for --device cpu: give that too, or install Transformer Engine"
+        )
     if not options.script.is_file():
         raise FileNotFoundError(f"no such script: {options.script} (usage: {_USAGE})")
     return options, options.script, options.flags
@@ -62,6 +72,10 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
     from eaft_megatron.hooks import rebind_megatron
 
     with contextlib.ExitStack() as stack:
+        if options.transformer_engine == "standin":  # before anything imports megatron-core, which looks for it then
+            from eaft_megatron.testing.te_standin import transformer_engine_standin
+
+            stack.enter_context(transformer_engine_standin())
         if options.device == "cpu":
             from eaft_megatron.testing.cpu_script import script_standins
 

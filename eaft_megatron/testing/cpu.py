@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from eaft_megatron.testing.cpu_collectives import Finished, with_split_lists, with_unequal_parts
+
 _MODULES = (
     "megatron.core.fusions.fused_softmax",
     "megatron.core.models.gpt",  # not touched; imported here for the sake of quiet
@@ -286,17 +288,12 @@ def _stand_in_for_compiler(patch: _Patcher, stack: contextlib.ExitStack) -> None
 # ---- megatron-core -------------------------------------------------------------------------------------------------
 
 
-class _Finished:
-    """The handle of a request that was waited on already; gloo hangs when a send is waited on twice."""
-
-    def wait(self, *args: Any) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-
 def _stand_in_for_megatron(patch: _Patcher, megatron: SimpleNamespace) -> None:
+    patch(
+        torch.distributed,
+        all_to_all_single=with_split_lists(torch.distributed.all_to_all_single),
+        all_gather=with_unequal_parts(torch.distributed.all_gather),
+    )
     patch(megatron.p2p_communication, _p2p_ops=_waited(megatron.p2p_communication._p2p_ops))
     # With bf16 or fp16 and masked_softmax_fusion (the default) it would load a CUDA extension.
     patch(megatron.fused_softmax.FusedScaleMaskSoftmax, is_kernel_available=lambda self, mask, b, np, sq, sk: False)
@@ -314,7 +311,7 @@ def _waited(p2p_ops: Callable) -> Callable:
     """Interleaved schedules free an output while its send is pending, safe in CUDA's stream order only.
 
     On gloo the receiver then gets what lies in that memory by now (with deallocate_pipeline_outputs, Megatron-LM's
-    default): wrong losses, no error.
+    default): wrong losses, no error. Whoever waits again is answered at once: a second wait for a send hangs gloo.
     """
 
     def wait_at_once(**kwargs: Any) -> Any:
@@ -322,8 +319,8 @@ def _waited(p2p_ops: Callable) -> Callable:
         for request in requests.values() if isinstance(requests, dict) else requests:
             request.wait()
         if isinstance(requests, dict):
-            return {name: _Finished() for name in requests}
-        return [_Finished() for _ in requests]
+            return {name: Finished() for name in requests}
+        return [Finished() for _ in requests]
 
     return wait_at_once
 
