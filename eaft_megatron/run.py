@@ -14,10 +14,12 @@ import importlib.util
 import os
 import runpy
 import signal
-import socket
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
+
+from eaft_megatron.ranks import world_of_one
 
 _USAGE = "python -m eaft_megatron.run [our options] SCRIPT [the script's flags] [--loss-type eaft ...]"
 
@@ -64,7 +66,6 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, Path, list[str]]:
 
 def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
     signal.signal(signal.SIGUSR1, _pass_to_megatron)
-    _be_a_world_of_one()
     sys.argv = [str(script), *flags]
     sys.path[0] = str(script.resolve().parent)  # as a direct run has it: the checkout before what is installed
     _check_megatron()
@@ -72,6 +73,7 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
     from eaft_megatron.hooks import rebind_megatron
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(world_of_one())
         if options.transformer_engine == "standin":  # before anything imports megatron-core, which looks for it then
             from eaft_megatron.testing.te_standin import transformer_engine_standin
 
@@ -88,7 +90,7 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
             raise
 
 
-def _pass_to_megatron(number: int, frame: object) -> None:
+def _pass_to_megatron(number: int, frame: FrameType | None) -> None:
     """SIGUSR1 asks Megatron to save and stop, once its --exit-signal-handler listens to SIGTERM; before, nothing.
 
     megatron-core 0.16 on lets faulthandler have SIGTERM at import, so a SIGTERM that comes early would kill.
@@ -96,18 +98,6 @@ def _pass_to_megatron(number: int, frame: object) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     if callable(handler):
         handler(signal.SIGTERM, frame)
-
-
-def _be_a_world_of_one() -> None:
-    """What torchrun would have set, where nobody did: one process, a free port."""
-    if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
-        return
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
-        os.environ[name] = value
-    os.environ.setdefault("MASTER_PORT", port)
 
 
 def _check_megatron() -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from eaft_megatron.hooks import install, settings_from_args, uninstall, wrap_forward_step
 from eaft_megatron.models import read_hf_config, save_hf_weights, transformer_config
+from eaft_megatron.ranks import gather, world_of_one
 from eaft_megatron.training.arguments import parse_arguments
 from eaft_megatron.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
 from eaft_megatron.training.datasets import Dataset, read_datasets
@@ -33,24 +34,22 @@ from eaft_megatron.training.stopping import Stopping
 
 def main(argv: list[str] | None = None) -> int:
     """Train as the flags say; returns the exit code. Errors a user can mend come without a traceback."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29500")
     # megatron-core says on every rank, module by module, that Transformer Engine and Apex are not there.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
-        args = parse_arguments(argv, world_size=int(os.environ["WORLD_SIZE"]))
-        _check_model(args)
-        with Stopping(args) as stopping:
-            datasets = read_datasets(args)
-            with distributed(args) as device:
-                _run(args, datasets, device, stopping)
+        with world_of_one():
+            args = parse_arguments(argv, world_size=int(os.environ["WORLD_SIZE"]))
+            _check_model(args)
+            with Stopping(args) as stopping:
+                datasets = read_datasets(args)
+                with distributed(args) as device:
+                    _run(args, datasets, device, stopping)
         return 0
     except (ValueError, FileNotFoundError) as error:
         message = f"{type(error).__name__}: {error}"
     except Exception:
         message = traceback.format_exc()
-    print(f"[rank {os.environ['RANK']}] {message}", file=sys.stderr, flush=True)
+    print(f"[rank {os.environ.get('RANK', '0')}] {message}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -98,12 +97,11 @@ def _run(args: argparse.Namespace, datasets: dict[str | None, Dataset], device: 
 
 def _agreed_start(args: argparse.Namespace) -> int | None:
     """The iteration to resume from, as rank 0 sees it; ``ValueError`` where another node sees another folder."""
-    start = [latest_iteration(args.load)]
-    mine = start[0]
-    dist.broadcast_object_list(start, src=0)
-    if mine != start[0]:
-        raise ValueError(f"--load: {args.load} holds iteration {mine} here and {start[0]} on rank 0: share the folder")
-    return start[0]
+    mine = latest_iteration(args.load)
+    first = gather(mine)[0]
+    if mine != first:
+        raise ValueError(f"--load: {args.load} holds iteration {mine} here and {first} on rank 0: share the folder")
+    return mine
 
 
 def _is_filled(folder: str | None) -> bool:

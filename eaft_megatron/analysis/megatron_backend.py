@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from eaft_megatron.analysis.scoring import Batch, Team
 from eaft_megatron.analysis.statistics import score_logits
+from eaft_megatron.installed import choose_transformer_impl
 from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, transformer_config
+from eaft_megatron.ranks import on_rank_0
 
 
 class MegatronTeam(Team):
@@ -28,16 +29,7 @@ class MegatronTeam(Team):
         self.share = (parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
 
     def agree(self, function: Callable[[], Any]) -> Any:
-        answer: list[Any] = [None, None]
-        if self.leads:
-            try:
-                answer[0] = function()
-            except (ValueError, OSError) as error:
-                answer[1] = error
-        dist.broadcast_object_list(answer)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
+        return on_rank_0(function)
 
     def wait(self) -> None:
         dist.barrier()
@@ -70,12 +62,10 @@ class MegatronBackend:
             variable_seq_lengths=True,  # the stages tell each other the shape of each batch
             moe_token_dispatcher_type="alltoall",  # no experts here, but the default is refused with the line above
         )
-        if transformer_impl == "auto":
-            transformer_impl = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
         model = build_model(
             hf_config,
             config,
-            transformer_impl=transformer_impl,
+            transformer_impl=choose_transformer_impl(transformer_impl),
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from eaft_megatron._version import __version__
 from eaft_megatron.analysis.batching import WINDOW_TOKENS, batches, windows
 from eaft_megatron.analysis.statistics import ENTROPY, IGNORED, LOGPROB, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData, write_column
+from eaft_megatron.files import replacing, write_json
 
 FIDELITY_TOPK = (5, 10, 20, 50)
 _SCORES = re.compile(rf"{LOGPROB}|{ENTROPY}|{TOPK_ENTROPY}(_\d+)?")
@@ -191,7 +191,7 @@ def _make_plan(
     if begun is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _write_whole(folder / _REQUEST, json.dumps(request, indent=2).encode())
+        write_json(folder / _REQUEST, request, durable=True)
         begun = request
     every = windows(data.lengths)
     todo = [window for window in every if not _part(folder, window).exists()]
@@ -254,7 +254,8 @@ def _score_windows(
             scores = backend.run(parts, plan.scored, bar.update)
             if team.writes:
                 values = _in_row_order(data, (begin, end), parts, scores, plan.scored)
-                _write_whole(_part(folder, (begin, end)), values)
+                with replacing(_part(folder, (begin, end)), durable=True) as partial:
+                    np.save(partial, values)
 
 
 def make_batch(data: PreparedData, rows: list[int]) -> Batch:
@@ -319,16 +320,3 @@ def _rows_of(data: PreparedData, folder: Path, every: list[tuple[int, int]], col
 
 def _part(folder: Path, window: tuple[int, int]) -> Path:
     return folder / f"rows-{window[0]:010d}-{window[1]:010d}.npy"
-
-
-def _write_whole(path: Path, content: bytes | np.ndarray) -> None:
-    """A file that is there is complete, also after a power cut."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

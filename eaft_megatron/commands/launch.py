@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show, run or submit."""
     from eaft_megatron.launch.command import build_command
-    from eaft_megatron.launch.folder import SCRIPT, resolved, write_run_folder
+    from eaft_megatron.launch.folder import LOCAL_SCRIPT, SCRIPT, resolved, write_run_folder
     from eaft_megatron.launch.recipe import read_recipe
     from eaft_megatron.launch.script import render, settings, shell_line
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"run folder: {folder}", flush=True)
     if args.local:
         environment = {**os.environ, **settings(recipe, command)}
-        return subprocess.run([str(folder / "local.sh"), *command.argv], env=environment).returncode
+        return subprocess.run([str(folder / LOCAL_SCRIPT), *command.argv], env=environment).returncode
     for _ in range(args.chain):
         done = subprocess.run(["sbatch", "--parsable", str(folder / SCRIPT)], capture_output=True, text=True)
         if done.returncode != 0:

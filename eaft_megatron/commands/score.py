@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     options = ScoreOptions(args.topk, args.full_entropy, args.fidelity, args.batch_tokens, args.overwrite)
     parts = [PreparedData(path) for path in (training_folder(args.folder), *evaluation_folders(args.folder).values())]
     tokenizer = load_tokenizer(args.tokenizer or args.model)
-    record = {"model": model_record(args.model)}
+    record: dict[str, Any] = {"model": model_record(args.model)}
     for data in parts:
         data.check_tokenizer(tokenizer)
         _check_vocabulary(args.model, data)
@@ -92,13 +92,12 @@ def _choose_backend(args: argparse.Namespace) -> str:
 def _check_vocabulary(model: str, data: Any) -> None:
     import json
 
+    from eaft_megatron.data.prepared import check_token_ids
+
     config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
     size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if size is not None and data.max_token_id >= size:
-        raise ValueError(
-            f"{data.path} has token id {data.max_token_id}, but the vocabulary of {model} ends at {size - 1}: "
-            "tokenizer and model do not belong together"
-        )
+    if size is not None:
+        check_token_ids(data, size, model)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,6 @@ from eaft_megatron.data.prepared import (
     ROW_SCHEMA,
     PreparedData,
     read_manifest,
-    replace_folder,
     template_hash,
     tokenizer_hash,
     write_manifest,
@@ -36,6 +35,7 @@ from eaft_megatron.data.prepared import (
 )
 from eaft_megatron.data.sources import open_sources
 from eaft_megatron.data.tally import Tally
+from eaft_megatron.files import replace_folder
 
 
 def prepare(

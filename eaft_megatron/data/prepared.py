@@ -24,6 +24,7 @@ import pyarrow as pa
 
 from eaft_megatron.data.arrow import ArrowShards, ShardWriter
 from eaft_megatron.data.packing import best_fit_decreasing
+from eaft_megatron.files import replace_folder, replacing, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -189,11 +190,18 @@ def evaluation_folders(folder: str | os.PathLike) -> dict[str, Path]:
     return {name: part for name, part in parts.items() if (part / MANIFEST).is_file()}
 
 
+def check_token_ids(data: Any, vocab_size: int, model: str) -> None:
+    """``ValueError`` unless ``model`` has every token of ``data`` (anything with ``path`` and ``max_token_id``)."""
+    if data.max_token_id >= vocab_size:
+        raise ValueError(
+            f"{data.path} has token id {data.max_token_id}, but the vocabulary of {model} ends at {vocab_size - 1}: "
+            "tokenizer and model do not belong together; `eaft-megatron prepare` it with the tokenizer of the model"
+        )
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Put the manifest in place in one step."""
-    temporary = folder / f".{MANIFEST}.new"
-    temporary.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_json(folder / MANIFEST, manifest)
 
 
 def write_packing(folder: Path, lengths: np.ndarray, seq_length: int, pad_to_multiple_of: int) -> dict[str, Any]:
@@ -215,12 +223,14 @@ def write_packing(folder: Path, lengths: np.ndarray, seq_length: int, pad_to_mul
     filled = -(-positions // pad_to_multiple_of) * pad_to_multiple_of
     packs = best_fit_decreasing(filled, seq_length)
     name = f"packing-{seq_length}-{pad_to_multiple_of}.arrow"
-    temporary = folder / f".{name}.new"
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, _PACK_SCHEMA) as writer:
+    with (
+        replacing(folder / name) as partial,
+        pa.OSFile(str(partial), "wb") as sink,
+        pa.ipc.new_stream(sink, _PACK_SCHEMA) as writer,
+    ):
         for begin in range(0, len(packs), 65536):
             part = pa.array(packs[begin : begin + 65536], type=pa.list_(pa.int64()))
             writer.write_batch(pa.record_batch([part], schema=_PACK_SCHEMA))
-    os.replace(temporary, folder / name)
     return {
         "file": name,
         "seq_length": seq_length,
@@ -268,16 +278,6 @@ def write_column(
     write_manifest(temporary, {**record, "rows": written, "files": writer.files})
     replace_folder(temporary, final)
     data._columns.pop(name, None)
-
-
-def replace_folder(new: Path, final: Path) -> None:
-    """Give ``new`` the name ``final``; what had it stays whole until then, and is removed afterwards."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _column_batch(arrays: list[np.ndarray], schema: pa.Schema) -> pa.RecordBatch:

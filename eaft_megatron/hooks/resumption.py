@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD
+from eaft_megatron.files import replacing
 from eaft_megatron.hooks.arguments import loss_arguments
 
-_RECORD = "eaft_model.json"
 _STARTS = ("load", "pretrained_checkpoint")  # Megatron's arguments that name weights
 
 
@@ -71,15 +72,14 @@ def carry_record(args: argparse.Namespace) -> None:
     """
     save = getattr(args, "save", None)
     sources = [Path(folder) for name in _STARTS if (folder := getattr(args, name, None))]
-    sources = [folder for folder in sources if (folder / _RECORD).is_file()]
-    if getattr(args, "rank", 0) != 0 or not save or not sources or (Path(save) / _RECORD).exists():
+    sources = [folder for folder in sources if (folder / RECORD).is_file()]
+    if getattr(args, "rank", 0) != 0 or not save or not sources or (Path(save) / RECORD).exists():
         return
     Path(save).mkdir(parents=True, exist_ok=True)
-    if (sources[0] / "hf").is_dir():
-        shutil.copytree(sources[0] / "hf", Path(save) / "hf", dirs_exist_ok=True)
-    partial = Path(save) / f".{_RECORD}.incomplete"
-    shutil.copyfile(sources[0] / _RECORD, partial)
-    partial.replace(Path(save) / _RECORD)
+    if (sources[0] / HF_SUBFOLDER).is_dir():
+        shutil.copytree(sources[0] / HF_SUBFOLDER, Path(save) / HF_SUBFOLDER, dirs_exist_ok=True)
+    with replacing(Path(save) / RECORD) as partial:
+        shutil.copyfile(sources[0] / RECORD, partial)
 
 
 def true_vocab_size(args: argparse.Namespace) -> int | None:
@@ -91,7 +91,7 @@ def true_vocab_size(args: argparse.Namespace) -> int | None:
     given = args.true_vocab_size
     for name in _STARTS:
         folder = getattr(args, name, None)
-        if not folder or not (record := Path(folder) / _RECORD).is_file():
+        if not folder or not (record := Path(folder) / RECORD).is_file():
             continue
         recorded = json.loads(record.read_text())["true_vocab_size"]
         if given not in (None, recorded):

@@ -8,6 +8,7 @@ import math
 import os
 from pathlib import Path
 
+from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.launch.recipe import Recipe, loss_keys
 from eaft_megatron.models.hf_config import architecture_of
@@ -15,7 +16,6 @@ from eaft_megatron.models.pretrain_flags import pretrain_flags
 
 PLACEHOLDER = "UNKNOWN"
 """Stands in a dry run's command for what only files that are not there could tell."""
-_RECORD = "eaft_model.json"
 _ALIKE = ("--padded-vocab-size", "--transformer-impl", "--spec")  # follow from TP and the implementation
 
 
@@ -162,7 +162,7 @@ def _model_flags(recipe: Recipe, missing: list[str]) -> tuple[list[str], int]:
     if model.config is not None:
         architecture_of(model.config)  # names the ones that are known
         ours = pretrain_flags(model.config, **layout)
-    record = Path(model.checkpoint or PLACEHOLDER) / _RECORD
+    record = Path(model.checkpoint or PLACEHOLDER) / RECORD
     if not record.is_file():
         missing.append(f"model.checkpoint: {record} is not there: `eaft-megatron convert to-megatron` makes it")
         if ours is None:
@@ -173,7 +173,7 @@ def _model_flags(recipe: Recipe, missing: list[str]) -> tuple[list[str], int]:
         raise ValueError(f"model.checkpoint: pretrain_gpt.py cannot build this model: {written['flags_refused']}")
     if ours is not None:
         _refuse_disagreement(_paired(ours), _paired(written["pretrain_gpt_flags"]), record)
-    config = json.loads((record.parent / "hf" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((record.parent / HF_SUBFOLDER / "config.json").read_text(encoding="utf-8"))
     return pretrain_flags(config, **layout), written["true_vocab_size"]
 
 
@@ -237,7 +237,7 @@ def _gpt_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str
     evaluates = bool(recipe.data.eval)
     flags = [
         *model,
-        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(checkpoint / "hf")),
+        *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(checkpoint / HF_SUBFOLDER)),
         # Resumed from --load where that holds a checkpoint, else fine-tuned from these weights.
         *("--pretrained-checkpoint", str(checkpoint)),
         *_common_flags(recipe, train_iters),

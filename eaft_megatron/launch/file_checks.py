@@ -9,12 +9,11 @@ import json
 import shutil
 from pathlib import Path
 
+from eaft_megatron.checkpoint_files import RECORD, TRACKER, is_whole, newest_checkpoint
 from eaft_megatron.launch.command import build_command, data_parallel_size, run_folder
 from eaft_megatron.launch.recipe import Recipe
 from eaft_megatron.models.hf_config import read_hf_config
 from eaft_megatron.models.megatron_config import check_pipeline, check_tensor_parallel, padded_vocab_size
-
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def check_command(recipe: Recipe) -> str:
@@ -57,7 +56,7 @@ def check_data(recipe: Recipe) -> str:
         return "none named: the flags bring their own"
     from transformers import AutoTokenizer
 
-    from eaft_megatron.data.prepared import PreparedData, training_folder
+    from eaft_megatron.data.prepared import PreparedData, check_token_ids, training_folder
 
     tokenizer = AutoTokenizer.from_pretrained(hf_folder(recipe))
     vocab = read_hf_config(hf_folder(recipe))["vocab_size"]
@@ -66,10 +65,7 @@ def check_data(recipe: Recipe) -> str:
     for name, folder in sets.items():
         data = PreparedData(folder)
         data.check_tokenizer(tokenizer)
-        if data.max_token_id >= vocab:
-            raise ValueError(
-                f"{name}: token id {data.max_token_id} in {folder}, but the vocabulary ends at {vocab - 1}"
-            )
+        check_token_ids(data, vocab, "the model")
         packing = data.manifest["packing"]
         if packing and packing["seq_length"] != recipe.data.seq_length:
             raise ValueError(f"{name}: {folder} is packed to {packing['seq_length']}, not {recipe.data.seq_length}")
@@ -102,30 +98,20 @@ def _whole_hf_folder(folder: Path) -> None:
 
 
 def _whole_megatron_folder(folder: Path, vocab: int) -> None:
-    record = json.loads((folder / "eaft_model.json").read_text(encoding="utf-8"))
+    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if record["true_vocab_size"] != vocab:
-        raise ValueError(
-            f"{folder}: eaft_model.json says vocabulary {record['true_vocab_size']}, hf/config.json {vocab}"
-        )
-    name = _iteration_folder(folder)
-    if name is None or not (folder / name / ".metadata").is_file():
+        raise ValueError(f"{folder}: {RECORD} says vocabulary {record['true_vocab_size']}, hf/config.json {vocab}")
+    name = newest_checkpoint(folder)
+    if name is None or not is_whole(folder / name):
         raise ValueError(f"{folder} holds no whole checkpoint: convert the model again")
 
 
 def _resumption(recipe: Recipe) -> str:
     """What the run will start from; ``ValueError`` if its newest checkpoint is not whole."""
     saved = run_folder(recipe) / "checkpoints"
-    name = _iteration_folder(saved)
+    name = newest_checkpoint(saved)
     if name is None:
         return f"starts from {recipe.model.hf if recipe.entrypoint == 'train' else recipe.model.checkpoint}"
-    if not (saved / name / ".metadata").is_file():
-        raise ValueError(f"{saved / _TRACKER} names {name}, which is not there or not whole: name an older one in it")
+    if not is_whole(saved / name):
+        raise ValueError(f"{saved / TRACKER} names {name}, which is not there or not whole: name an older one in it")
     return f"resumes from {saved / name}"
-
-
-def _iteration_folder(folder: Path) -> str | None:
-    tracker = folder / _TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    return f"iter_{int(text):07d}" if text.isdigit() else text

@@ -8,12 +8,15 @@ import os
 import subprocess
 from pathlib import Path
 
+from eaft_megatron.files import write_text
+from eaft_megatron.installed import versions
 from eaft_megatron.launch.command import Command, run_folder
 from eaft_megatron.launch.recipe import Recipe, read_recipe, to_dict
 from eaft_megatron.launch.script import TEMPLATES, render, shell_line
 
 RECIPE = "recipe.yaml"
 SCRIPT = "sft.sbatch"
+LOCAL_SCRIPT = "local.sh"
 
 
 def resolved(recipe: Recipe) -> Recipe:
@@ -56,16 +59,13 @@ def write_run_folder(recipe: Recipe, command: Command) -> Path:
     files = {
         RECIPE: yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True),
         SCRIPT: render(recipe, command),
-        "local.sh": (TEMPLATES / "local.sh").read_text(encoding="utf-8"),
+        LOCAL_SCRIPT: (TEMPLATES / LOCAL_SCRIPT).read_text(encoding="utf-8"),
         "command.txt": shell_line(command.argv) + "\n",
         "versions.txt": "\n".join(_versions(recipe)) + "\n",
         "environment.txt": "\n".join(_environment()) + "\n",
     }
     for name, text in files.items():
-        partial = folder / f".{name}.new"
-        partial.write_text(text, encoding="utf-8")
-        partial.chmod(0o755 if name in (SCRIPT, "local.sh") else 0o644)
-        os.replace(partial, folder / name)
+        write_text(folder / name, text, mode=0o755 if name in (SCRIPT, LOCAL_SCRIPT) else 0o644)
     return folder
 
 
@@ -91,8 +91,6 @@ def _flat(values: dict, prefix: str = "") -> dict[str, object]:
 
 
 def _versions(recipe: Recipe) -> list[str]:
-    from eaft_megatron.commands.info import versions
-
     lines = versions()
     for name, path in (
         ("eaft_megatron", Path(__file__).parents[2]),

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import os
 import platform
 import socket
@@ -22,11 +21,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.installed import version_of
 from eaft_megatron.launch import file_checks
 from eaft_megatron.launch.command import loss_settings, run_folder
 from eaft_megatron.launch.recipe import Recipe
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_eaft_loss
+from eaft_megatron.ranks import gather, on_rank_0, world_of_one
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers")
 _TIMEOUT = datetime.timedelta(seconds=90)
@@ -48,7 +49,7 @@ def preflight(recipe: Recipe, *, min_bandwidth: float = 0.0) -> list[Row]:
         recipe: as resolved; its run folder is created.
         min_bandwidth: GB/s of an all-reduce over all processes below which the check fails.
     """
-    with _process_group() as device:
+    with world_of_one(), _process_group() as device:
         groups = _tensor_parallel_group(recipe)
         checks: list[tuple[str, Callable[[], str]]] = [
             ("layout", lambda: _check_layout(recipe)),
@@ -78,24 +79,17 @@ def _agreed(name: str, check: Callable[[], str]) -> Row:
     except Exception as error:  # whatever it is, the other checks are worth making
         said = str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}"
         mine = Row(name, False, f"{said} (rank {dist.get_rank()}, {_host()})")
-    rows: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(rows, mine)
-    failed = [row for row in rows if not row[1]]
+    rows = gather(mine)
+    failed = [row for row in rows if not row.ok]
     if not failed:
-        return Row(*rows[0])
+        return rows[0]
     more = f"; and on {len(failed) - 1} more rank(s)" if len(failed) > 1 else ""
-    return Row(name, False, " ".join(failed[0][2].split()) + more)
+    return Row(name, False, " ".join(failed[0].detail.split()) + more)
 
 
 @contextlib.contextmanager
 def _process_group() -> Iterator[torch.device]:
-    """NCCL with a GPU for each process, else gloo; a world of one where nobody started more."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    """NCCL with a GPU for each process, else gloo."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -136,8 +130,8 @@ def _check_versions() -> str:
     """The same software everywhere; ours down to the last byte, for it may be a checkout."""
     mine = {"python": platform.python_version(), "eaft_megatron": _own_hash()}
     for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            mine[name] = importlib.metadata.version(name)
+        if version := version_of(name):
+            mine[name] = version
     if torch.cuda.is_available():
         mine |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
     found = _by_node(mine)
@@ -201,19 +195,18 @@ def _check_bandwidth(device: torch.device, minimum: float) -> str:
 
 def _check_shared(folder: Path) -> str:
     """What one node writes into the run folder, every other node reads."""
-    nonce = [uuid.uuid4().hex]
-    dist.broadcast_object_list(nonce, src=0)
-    own = folder / f".check-{nonce[0]}-{dist.get_rank()}"
+    nonce = on_rank_0(lambda: uuid.uuid4().hex)
+    own = folder / f".check-{nonce}-{dist.get_rank()}"
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own.write_text(nonce[0])
+        own.write_text(nonce)
     except OSError as raised:
         error = raised
     dist.barrier()
     ranks = sorted(_by_node(dist.get_rank()).values())
-    paths = [folder / f".check-{nonce[0]}-{rank}" for rank in ranks]
-    unseen = [path.name.rpartition("-")[2] for path in paths if not _holds(path, nonce[0])]
+    paths = [folder / f".check-{nonce}-{rank}" for rank in ranks]
+    unseen = [path.name.rpartition("-")[2] for path in paths if not _holds(path, nonce)]
     dist.barrier()
     own.unlink(missing_ok=True)
     if error is not None:
@@ -289,12 +282,10 @@ def _host() -> str:
 
 def _by_node(value: Any) -> dict[str, Any]:
     """Node -> the value of its first process. A collective."""
-    pairs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(pairs, (_host(), value))
-    found: dict[str, Any] = {}
-    for node, other in pairs:
-        found.setdefault(node, other)
-    return found
+    values: dict[str, Any] = {}
+    for node, other in gather((_host(), value)):
+        values.setdefault(node, other)
+    return values
 
 
 def is_writing_rank() -> bool:

@@ -7,11 +7,7 @@ written goes into a hidden folder beside the target that is renamed when all of 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD, RELEASE, TRACKER, is_whole, newest_checkpoint
+from eaft_megatron.files import new_folder, write_json, write_text
+
 from .config_fields import is_tied, model_sizes
 from .hf_config import architecture_of, read_hf_config
 from .hf_files import HFTensors
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, incomplete_folder, publish, write_json
+from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
 from .megatron_config import padded_vocab_size
 from .pretrain_flags import pretrain_flags
 from .stored_weights import Weight, check_source, check_stored, weights_of
@@ -30,9 +29,6 @@ from .torch_dist import CheckpointReader, Piece, write_checkpoint
 from .transforms import ModelSizes
 
 FORMAT_VERSION = 1
-RECORD = "eaft_model.json"
-HF_SUBFOLDER = "hf"
-_TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def convert_to_megatron(
@@ -64,23 +60,22 @@ def convert_to_megatron(
     record = _record(hf_config, {piece.dtype for piece in pieces}, transformer_impl)
     empty = list(dict.fromkeys(key for weight in weights for key in weight.empty_objects()))
     weight_of = dict(zip(pieces, weights, strict=True))
-    with _atomic(output) as folder:
-        (folder / "release").mkdir()
+    with new_folder(output) as folder:
+        (folder / RELEASE).mkdir()
         with _bar(sum(piece.bytes for piece in pieces), "writing", progress) as bar:
 
             def tensor(piece: Piece) -> Tensor:
                 bar.update(piece.bytes)
                 return source.parameter(weight_of[piece], sizes)
 
-            write_checkpoint(folder / "release", pieces, tensor, empty, _common(hf_config))
+            write_checkpoint(folder / RELEASE, pieces, tensor, empty, _common(hf_config))
         if check:
-            _compare(CheckpointReader(folder / "release"), source, weights, sizes, progress)
+            _compare(CheckpointReader(folder / RELEASE), source, weights, sizes, progress)
         (folder / HF_SUBFOLDER).mkdir()
         carry_files(source.path, folder / HF_SUBFOLDER)
         shutil.copyfile(source.path / "config.json", folder / HF_SUBFOLDER / "config.json")
         write_json(folder / RECORD, record)
-        (folder / _TRACKER).write_text("release\n")
-        os.rename(folder, output)  # an empty folder of that name is replaced
+        write_text(folder / TRACKER, f"{RELEASE}\n")
     return record
 
 
@@ -110,7 +105,7 @@ def convert_to_hf(
     check_output(output, None)
     reader, weights = CheckpointReader(checkpoint), weights_of(hf_config)
     stored, sizes = check_stored(reader, weights, hf_config)
-    with _atomic(output) as folder:
+    with new_folder(output) as folder:
         writer = ShardWriter(folder)
         with _bar(sum(piece.bytes for piece in stored), "writing", progress) as bar:
             for weight, piece in zip(weights, stored, strict=True):
@@ -124,7 +119,7 @@ def convert_to_hf(
                 written = _Folder(folder, dict(tensors.file_of))
             _compare(reader, written, weights, sizes, progress)
         carry_files(config_dir, folder)
-        publish(folder, output, _with_dtype(hf_config, {piece.dtype for piece in stored}))
+        write_config(folder, _with_dtype(hf_config, {piece.dtype for piece in stored}))
 
 
 @dataclass(frozen=True)
@@ -171,18 +166,6 @@ def _hf_tensors(reader: CheckpointReader, weight: Weight, sizes: ModelSizes) -> 
     return weight.entry.kind.to_hf([weight.read(reader)], sizes)
 
 
-@contextmanager
-def _atomic(output: Path) -> Iterator[Path]:
-    """A new hidden folder beside output, for the caller to rename; removed when the caller raises."""
-    folder = incomplete_folder(output, uuid.uuid4().hex[:8])
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def _bar(total: int, what: str, shown: bool, unit: str = "B") -> Any:
     from tqdm import tqdm
 
@@ -223,8 +206,11 @@ def _find(folder: Path, hf_config_dir: str | Path | None) -> tuple[Path, Path]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder: give what was converted, or the --save folder of a training run")
     checkpoint, root = folder, folder.parent
-    if not (folder / ".metadata").is_file():
-        checkpoint, root = folder / _newest(folder), folder
+    if not is_whole(folder):
+        name = newest_checkpoint(folder)
+        if name is None:
+            raise ValueError(f"{folder} has neither {TRACKER} nor .metadata: it holds no checkpoint")
+        checkpoint, root = folder / name, folder
     if hf_config_dir is not None:
         return checkpoint, Path(hf_config_dir)
     if not (root / HF_SUBFOLDER).is_dir():
@@ -233,16 +219,6 @@ def _find(folder: Path, hf_config_dir: str | Path | None) -> tuple[Path, Path]:
             "--hf-config DIR"
         )
     return checkpoint, root / HF_SUBFOLDER
-
-
-def _newest(folder: Path) -> str:
-    tracker = folder / _TRACKER
-    if not tracker.is_file():
-        raise ValueError(f"{folder} has neither {_TRACKER} nor .metadata: it holds no checkpoint")
-    text = tracker.read_text().strip()
-    if text != "release" and not text.isdigit():
-        raise ValueError(f"{tracker} holds {text!r}, neither an iteration nor release")
-    return text if text == "release" else f"iter_{int(text):07d}"
 
 
 def _with_dtype(hf_config: dict, dtypes: set[torch.dtype]) -> dict:

@@ -8,16 +8,16 @@ Needs the `gguf` package, and `tokenizers` for the tokenizer. Format: github.com
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eaft_megatron.files import new_folder
+
 from .config_fields import heads_and_groups, is_tied, model_sizes
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, incomplete_folder, publish
+from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
 from .llama import LLAMA
 
 _NAMES = {
@@ -65,9 +65,7 @@ def gguf_to_hf(
     expected = LLAMA.hf_shapes(is_tied(config), config["num_hidden_layers"], sizes)
     if missing := expected.keys() - set(names.values()):
         raise ValueError(f"{gguf_file} lacks the tensor behind {min(missing)}")
-    folder = incomplete_folder(output, uuid.uuid4().hex[:8])
-    folder.mkdir(parents=True)
-    try:
+    with new_folder(output) as folder:
         if tokenizer_dir is None:
             from .gguf_tokenizer import write_tokenizer
 
@@ -79,10 +77,7 @@ def gguf_to_hf(
             writer.add(names[tensor.name], _dequantise(tensor, config))
         writer.flush()
         finish_shards(folder, expected)
-        publish(folder, output, {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        write_config(folder, {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
 class _Metadata:

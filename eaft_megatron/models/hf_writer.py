@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from eaft_megatron.files import write_json
 
 from .hf_files import INDEX, SINGLE, HFTensors
 
@@ -24,11 +24,6 @@ def check_output(output_dir: Path, dtype: torch.dtype | None) -> None:
         raise ValueError(f"dtype {dtype}: use {', '.join(map(str, DTYPES))}")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"output_dir {output_dir} exists and is not empty: choose another, or remove it first")
-
-
-def incomplete_folder(output_dir: Path, mark: str) -> Path:
-    """Where the files go until they are all there: a hidden folder beside output_dir, on the same file system."""
-    return output_dir.parent / f".{output_dir.name}.incomplete-{mark}"
 
 
 class ShardWriter:
@@ -89,11 +84,6 @@ def carry_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def publish(folder: Path, output_dir: Path, hf_config: dict) -> None:
-    """The last step: config.json, without which no loader takes the folder for a model, then the final name."""
+def write_config(folder: Path, hf_config: dict) -> None:
+    """The last file, without which no loader takes the folder for a model."""
     write_json(folder / "config.json", hf_config)
-    os.rename(folder, output_dir)  # an empty folder of that name is replaced
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from eaft_megatron.files import incomplete_folder
+from eaft_megatron.ranks import first_failure, on_rank_0
+
 from .architecture import find_entry, is_copy_of_embedding
 from .chunks import parameters, sizes_of, unwrap
 from .config_fields import is_tied, model_sizes
 from .hf_config import architecture_of, read_hf_config
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, incomplete_folder, publish
+from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
 
 
 @torch.no_grad()
@@ -50,12 +54,12 @@ def save_hf_weights(
         _check_same_model(chunks, hf_config)
     except ValueError as error:
         refusal = str(error)
-    if refusal := _first(refusal):
+    if refusal := first_failure(refusal):
         raise ValueError(refusal)
-    folder = incomplete_folder(output, _from_rank_0(uuid.uuid4().hex[:8]))
-    failure = _first(_on_rank_0(lambda: folder.mkdir(parents=True)))
-    failure = failure or _first(_write_stage(chunks, hf_config, folder, dtype))
-    failure = failure or _first(
+    folder = incomplete_folder(output, on_rank_0(lambda: uuid.uuid4().hex[:8]))
+    failure = first_failure(_on_rank_0(lambda: folder.mkdir(parents=True)))
+    failure = failure or first_failure(_write_stage(chunks, hf_config, folder, dtype))
+    failure = failure or first_failure(
         _on_rank_0(lambda: _finish(chunks, hf_config, Path(hf_config_dir), folder, output, dtype))
     )
     if failure:
@@ -132,7 +136,8 @@ def _finish(
     carry_files(source, folder)
     saved = str(dtype or config.params_dtype).removeprefix("torch.")
     fields = [name for name in ("torch_dtype", "dtype") if name in hf_config] or ["torch_dtype"]
-    publish(folder, output, {**hf_config, **dict.fromkeys(fields, saved)})
+    write_config(folder, {**hf_config, **dict.fromkeys(fields, saved)})
+    os.rename(folder, output)  # an empty folder of that name is replaced
 
 
 def _try(action: Callable[[], Any]) -> str | None:
@@ -146,19 +151,3 @@ def _try(action: Callable[[], Any]) -> str | None:
 
 def _on_rank_0(action: Callable[[], Any]) -> str | None:
     return _try(action) if not dist.is_initialized() or dist.get_rank() == 0 else None
-
-
-def _from_rank_0(value: str) -> str:
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _first(error: str | None) -> str | None:
-    """The first rank's error, on every rank; None when no rank has one. A collective over all ranks."""
-    if not dist.is_initialized():
-        return error
-    errors: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    return next((text for text in errors if text), None)

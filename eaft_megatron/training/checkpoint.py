@@ -7,28 +7,26 @@ name it. What a killed run leaves behind is never taken for a checkpoint.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from eaft_megatron.checkpoint_files import RELEASE, TRACKER, iteration_name, iteration_of, newest_checkpoint
+from eaft_megatron.files import replace_folder, write_text
 from eaft_megatron.hooks.arguments import loss_arguments
 from eaft_megatron.training.setup import Trainer
 
-_TRACKER = "latest_checkpointed_iteration.txt"
 _SAME = ("seq_length", "bf16", "data_sha256", "global_batch_size", "seed", "train_samples", *loss_arguments())
 
 
 def latest_iteration(folder: str | None) -> int | None:
     """Iteration of the newest whole checkpoint in the folder, or None."""
-    if folder is None or not (tracker := Path(folder) / _TRACKER).exists():
-        return None
-    text = tracker.read_text().strip()
-    if not text.isdigit():
-        raise ValueError(f"--load: {tracker} holds {text!r}, not an iteration")
-    return int(text)
+    name = newest_checkpoint(folder) if folder is not None else None
+    if name == RELEASE:
+        raise ValueError(f"--load: {folder} holds weights alone (release), which only pretrain_gpt.py can start from")
+    return None if name is None else iteration_of(name)
 
 
 def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, consumed_samples: int) -> Path:
@@ -36,8 +34,8 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, 
     from megatron.core import dist_checkpointing
 
     root = Path(args.save)
-    final = root / f"iter_{iteration:07d}"
-    partial, replaced = final.with_suffix(".incomplete"), final.with_suffix(".replaced")
+    final = root / iteration_name(iteration)
+    partial = final.with_suffix(".incomplete")
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed run left
         partial.mkdir(parents=True)
@@ -53,14 +51,8 @@ def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, 
     dist_checkpointing.save(state, str(partial), ("torch_dist", 1))
     dist.barrier()
     if dist.get_rank() == 0:
-        shutil.rmtree(replaced, ignore_errors=True)
-        if final.exists():  # the same step, written before: it goes only when its successor is in place
-            os.replace(final, replaced)
-        os.replace(partial, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        tracker = root / f"{_TRACKER}.new"
-        tracker.write_text(f"{iteration}\n")
-        os.replace(tracker, root / _TRACKER)
+        replace_folder(partial, final)  # the same step may have been written before
+        write_text(root / TRACKER, f"{iteration}\n", durable=True)
     dist.barrier()
     return final
 
@@ -74,9 +66,9 @@ def load_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int) 
     """
     from megatron.core import dist_checkpointing
 
-    folder = Path(args.load) / f"iter_{iteration:07d}"
+    folder = Path(args.load) / iteration_name(iteration)
     if not folder.is_dir():
-        raise ValueError(f"--load: {folder} does not exist, although {_TRACKER} names it")
+        raise ValueError(f"--load: {folder} does not exist, although {TRACKER} names it")
     _check_same_run(dist_checkpointing.load_common_state_dict(str(folder))["args"], args, folder)
     state = _sharded_state(trainer, is_loading=True)
     loaded = dist_checkpointing.load(state, str(folder))

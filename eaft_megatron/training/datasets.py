@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from eaft_megatron.data import SFTDataset
-from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_folders, training_folder
+from eaft_megatron.data.prepared import PreparedData, check_token_ids, content_of, evaluation_folders, training_folder
 from eaft_megatron.data.samples import PreparedDataset
 from eaft_megatron.hooks import settings_from_args
+from eaft_megatron.installed import choose_transformer_impl
 
 Dataset = SFTDataset | PreparedDataset
 
@@ -42,11 +42,7 @@ def read_datasets(args: argparse.Namespace) -> dict[str | None, Dataset]:
         is_folder = Path(path).is_dir()
         datasets[name] = _prepared(path, tokenizer, args) if is_folder else SFTDataset(path, tokenizer, args.seq_length)
     for dataset in datasets.values():
-        if dataset.max_token_id >= args.true_vocab_size:
-            raise ValueError(
-                f"{dataset.path} has token id {dataset.max_token_id}, but the vocabulary of {args.hf_model} ends at "
-                f"{args.true_vocab_size - 1}: tokenizer and model do not belong together"
-            )
+        check_token_ids(dataset, args.true_vocab_size, args.hf_model)
     args.train_samples = len(datasets[None])
     return datasets
 
@@ -69,8 +65,7 @@ def _is_packed(data: PreparedData, args: argparse.Namespace) -> bool:
         raise ValueError("--sft-packing thd is for Megatron-LM with --sft; this entrypoint has mask and none")
     if args.sft_packing == "none" or (args.sft_packing == "auto" and data.manifest["packing"] is None):
         return False
-    impl = args.transformer_impl
-    if impl == "transformer_engine" or (impl == "auto" and importlib.util.find_spec("transformer_engine")):
+    if choose_transformer_impl(args.transformer_impl) == "transformer_engine":
         raise ValueError(
             f"{data.path} is packed, and Transformer Engine's causal attention would look across the rows of a pack: "
             "give --sft-packing none (one row a sample), --transformer-impl local, or train with Megatron-LM and --sft"

@@ -13,6 +13,8 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from eaft_megatron.files import write_text
+
 
 class RunLog:
     """One per process; on ranks other than 0 every method does nothing."""
@@ -83,9 +85,7 @@ def _open_metrics(path: Path, start_iteration: int):
     if path.exists() and not start_iteration:
         os.replace(path, path.with_name("metrics.previous.jsonl"))  # another run's, kept once
     elif path.exists():
-        rewritten = path.with_name("metrics.jsonl.new")
-        rewritten.write_text("".join(_rows_up_to(path, start_iteration)))
-        os.replace(rewritten, path)
+        write_text(path, "".join(_rows_up_to(path, start_iteration)))
     return path.open("a")
 
 

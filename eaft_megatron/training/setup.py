@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import importlib.util
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.installed import choose_transformer_impl
 from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, transformer_config
 
 
@@ -113,9 +113,6 @@ def _build_chunks(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, li
         # megatron-core interleaves two stages in this mode only
         **({"overlap_p2p_comm": True, "batch_p2p_comm": False} if virtual else {}),
     )
-    impl = args.transformer_impl
-    if impl == "auto":
-        impl = "transformer_engine" if importlib.util.find_spec("transformer_engine") else "local"
     chunks = []
     for stage in range(virtual or 1):
         where = {"ignore_virtual": False, "vp_stage": stage if virtual else None}
@@ -123,7 +120,7 @@ def _build_chunks(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, li
             build_model(
                 hf_config,
                 config,
-                transformer_impl=impl,
+                transformer_impl=choose_transformer_impl(args.transformer_impl),
                 pre_process=parallel_state.is_pipeline_first_stage(**where),
                 post_process=parallel_state.is_pipeline_last_stage(**where),
                 vp_stage=where["vp_stage"],

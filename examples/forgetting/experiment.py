@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +29,8 @@ sys.path.insert(0, str(HERE))
 
 import outcome  # noqa: E402
 import tasks  # noqa: E402
+
+from eaft_megatron.files import write_json  # noqa: E402
 
 METHODS = ("sft", "eaft", "dft", "talr", "flow", "sft-kl")
 BASE = "base"
@@ -99,7 +100,7 @@ def run_one(run: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
     }
     shutil.rmtree(folder / "hf", ignore_errors=True)
-    outcome.write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_json(folder / "result.json", result)
     return result
 
 
@@ -123,9 +124,6 @@ def _train(run: dict[str, Any], options: argparse.Namespace, folder: Path) -> di
     """Train; returns the mean weight, the mean plain loss and the tokens over all iterations."""
     from eaft_megatron import train
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     if train.main(train_flags(run, options, folder)):
         raise RuntimeError("training stopped")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -289,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         "minutes_of_all_runs": round(sum(run["seconds"] for run in runs) / 60, 1),  # one after another
         "runs": [{key: value for key, value in run.items() if key not in _depends_on(options)} for run in runs],
     }
-    outcome.write_whole(options.output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(options.output / "results.json", results)
     return outcome.main(["--results", str(options.output / "results.json"), "--output", str(options.output)])
 
 

@@ -7,11 +7,12 @@ Writes table.md and pareto.png. Every figure is a mean over seeds with the sampl
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from eaft_megatron.files import write_text
 
 COLOURS = {
     "sft": "#222222",
@@ -169,13 +170,6 @@ def _draw_setting(axes: Any, setting: Setting) -> None:
     axes.legend(title="dashed: nothing is better in both", fontsize=9)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file that is there is complete."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Table and picture of the forgetting experiment.")
     parser.add_argument("--results", type=Path, required=True, metavar="FILE")
@@ -188,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"outcome: {options.results}: {error!r}", file=sys.stderr)
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
-    write_whole(options.output / "table.md", text)
+    write_text(options.output / "table.md", text)
     draw(results, options.output / "pareto.png")
     print(text)
     print(f"written: {options.output / 'table.md'}, {options.output / 'pareto.png'}")

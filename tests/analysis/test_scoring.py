@@ -111,17 +111,19 @@ def change_one_tensor(folder) -> None:
 
 
 KILLED = """
-import os, sys
+import contextlib, os, sys
 from eaft_megatron.analysis import scoring
 from eaft_megatron.cli import main
-write, count = scoring._write_whole, 0
-def killed(path, content):
+replacing, count = scoring.replacing, 0
+@contextlib.contextmanager
+def killed(path, durable):
     global count
-    write(path, content)
+    with replacing(path, durable=durable) as partial:
+        yield partial
     count += path.suffix == ".npy"
     if count == 2:
         os.kill(os.getpid(), 9)
-scoring._write_whole = killed
+scoring.replacing = killed
 scoring.windows = lambda lengths: [(i, min(i + 5, len(lengths))) for i in range(0, len(lengths), 5)]
 main(sys.argv[1:])
 """

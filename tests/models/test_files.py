@@ -214,14 +214,14 @@ class Killed(BaseException):
     """Stands for the process ending on the spot: nothing of ours handles it."""
 
 
-@pytest.mark.parametrize("step", ["finish_shards", "carry_files", "publish", "rename"])
+@pytest.mark.parametrize("step", ["finish_shards", "carry_files", "write_config", "rename"])
 def test_an_interrupted_export_never_looks_whole(model, source, tmp_path, monkeypatch, step):
     """Wherever it stops, output_dir is not there, and what is left is hidden and, until complete, not a model."""
 
     def killed(*_):
         raise Killed
 
-    monkeypatch.setattr(*((hf_writer.os, "rename") if step == "rename" else (save_module, step)), killed)
+    monkeypatch.setattr(*((save_module.os, "rename") if step == "rename" else (save_module, step)), killed)
     with pytest.raises(Killed):
         save_hf_weights(model, source, tmp_path / "out")
     monkeypatch.undo()
