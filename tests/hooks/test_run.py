@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,11 @@ import pytest
 import torch
 
 from eaft_megatron.loss.reference import reference_eaft_loss
+from eaft_megatron.ranks import free_port
 from eaft_megatron.testing import run_distributed
 from tests.hooks.megatron_script import PLAIN
 
 SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
 
 
 def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
@@ -32,8 +26,8 @@ def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool =
     command = [*(torchrun if processes > 1 else []), *runner] if hooked else ["-c", PLAIN]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STYLE": style}
     if not hooked:  # eaft_megatron.run sets these where torchrun did not
-        world = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": _free_port()}
-        environment |= world
+        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     argv = [sys.executable, *command, str(script), *flags]
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
 
