@@ -68,3 +68,12 @@ def test_the_merge_takes_the_ranks_in_any_number():
     expected["sum_exp"] = (full[:, :vocab] - expected["maximum"].unsqueeze(1)).exp().sum(dim=1)
     for name, values in expected.items():
         torch.testing.assert_close(getattr(actual, name), values, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_sums_are_added_in_rank_order():
+    """Float32 sums of four ranks that round differently in any other order: rank 0's first, as on every rank."""
+    rows, plan = shard_rows(torch.zeros(1, 8), 0, 4, 8, 2)
+    message = torch_impl.local_statistics(rows, torch.tensor([0]), plan)
+    gathered = dataclasses.replace(message, buffer=message.buffer.repeat(4, 1))
+    gathered.sums[:, 0, 0] = torch.tensor([2.0**24, 1.0, 1.0, 1.0])
+    assert exchange.merge_packed(gathered, torch.tensor([0]), plan).sum_exp.tolist() == [2.0**24]

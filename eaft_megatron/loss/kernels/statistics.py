@@ -11,7 +11,6 @@ Names, each a vector over the buckets:
 
 Then:
 
-
 1. The K groups with the largest maxima that were kept are read again, 0.2% of a row; their K largest values are the
    candidates. All kept maxima above the K-th candidate belong to these K groups.
 2. A bucket can have lost a value above the K-th candidate only if its third group maximum is above it, too; that holds
