@@ -13,14 +13,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.data.gauntlet", description="Masks on real chat templates.")
     parser.add_argument("--templates", nargs="+", default=[], metavar="PART", help="only those whose name holds PART")
     parser.add_argument("--rows", nargs="+", default=[], choices=list(ROWS), metavar="ROW", help="only these rows")
-    parser.add_argument("--output", type=Path, help="write the table (Markdown) there, too")
+    parser.add_argument("--output", type=Path, help="write the table (Markdown), without reasons, there")
     arguments = parser.parse_args()
     folder = sources.folder()
     sources.fetch(folder)
-    text = report.markdown(report.run(folder, arguments.templates, arguments.rows))
+    verdicts = report.run(folder, arguments.templates, arguments.rows)
     if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
-    print(text)
+        arguments.output.write_text(report.markdown(verdicts, details=False), encoding="utf-8")
+    print(report.markdown(verdicts))
 
 
 if __name__ == "__main__":

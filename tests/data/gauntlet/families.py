@@ -45,6 +45,7 @@ FAMILIES = (
     Family(r"<\|turn>", ("<turn|>", "<|tool_response>"), bos="<bos>", eos="<eos>"),
     Family(r"<end_of_turn>", ("<end_of_turn>",), bos="<bos>", eos="<eos>"),
     Family(r"<\|Bot\|>", ("<｜end▁of▁sentence｜>",), bos="<｜start▁of▁sentence｜>"),
+    Family(r"<\|end_of_sentence\|>|cls_token", ("<|end_of_sentence|>",), bos="<|begin_of_sentence|>"),
     Family(r"<｜Assistant｜>|DSML", ("<｜end▁of▁sentence｜>",), **_DEEPSEEK),
     Family(r"\[e~\[", ("[e~[",), bos="]~!b["),
     Family(r"<end_of_sentence>", ("<end_of_sentence>",)),
@@ -93,6 +94,7 @@ def added_tokens(template: str) -> tuple[list[str], list[str]]:
     special = {*_SPECIAL.findall(template), *stops, family.eos_token.strip(), *([family.bos] if family.bos else [])}
     if "hy_Assistant" in template:
         special |= {f"<｜hy_{name}:opensource｜>" for name in ("User", "Assistant", "eos", "begin_of_sentence")}
+        special |= {"<think:opensource>", "</think:opensource>"}
     added = set(_ADDED.findall(template)) - special
     if "<tool_response>" in added and "reasoning_content" not in template and "<think>" not in template:
         added -= {"<tool_response>", "</tool_response>"}  # Qwen2.5 writes these as text

@@ -62,6 +62,12 @@ def _developer_as_system(messages: list[dict]) -> list[dict]:
     return [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
 
 
+def _thinking_names(messages: list[dict]) -> list[dict]:
+    """Thinking also under the other names that templates read (gpt-oss: "thinking")."""
+    names = ("thinking", "reasoning")
+    return [{**m, **dict.fromkeys(names, m["reasoning_content"])} if "reasoning_content" in m else m for m in messages]
+
+
 def _metadata(messages: list[dict]) -> list[dict]:
     """GLM-4's form: one message a call, and results as observations; lengths differ, so indices are kept."""
     converted = []
@@ -79,7 +85,7 @@ def _metadata(messages: list[dict]) -> list[dict]:
 
 
 FORMS = (lambda m: m, _null_content, _parts, _json_arguments, lambda m: _null_content(_json_arguments(m)),
-         _developer_as_system)  # fmt: skip
+         _developer_as_system, _thinking_names)  # fmt: skip
 
 
 class Inference:

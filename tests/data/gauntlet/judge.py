@@ -15,6 +15,8 @@ from tests.data.gauntlet.inference import Inference
 from tests.data.gauntlet.rows import TOOLS_TEXT, Row, is_off, plain_messages
 from tests.data.gauntlet.tokenizers import token_bytes
 
+_OPEN_THINKING = re.compile(r"<think>\s*$")
+_MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _EMPTY_THINKING = re.compile(rb"\s*(?:<think>\s*</think>|<\|START_THINKING\|><\|END_THINKING\|>)")
 
 
@@ -149,6 +151,8 @@ def _turn_faults(tokenizer: Any, family: Family, samples: list[_Sample], place: 
     """What is wrong with a turn that is trained after a prompt of inference."""
     sample = samples[place.sample]
     trained = b"".join(sample.pieces[place.first : place.last])
+    if _MARKERS.search(tokenizer.chat_template):  # blanks behind the stop are the template's own decision
+        trained = trained.rstrip()
     faults = _context_faults(tokenizer, sample, place)
     stops = [stop.encode() for stop in family.stops_of(bool(message.get("tool_calls")))]
     ended = next((stop for stop in stops if trained.endswith(stop)), None)
@@ -164,6 +168,8 @@ def _turn_faults(tokenizer: Any, family: Family, samples: list[_Sample], place: 
         if body.rstrip() != expected.rstrip():
             faults.append(f"trained {_tail(body)} where the template writes {_tail(expected)}")
     faults += [f"{text!r} untrained" for text in _turn_texts(message, place.answer) if not _holds(trained, text)]
+    if _OPEN_THINKING.search(place.prompt) and b"</think>" not in trained:
+        faults.append("thinking left open")
     if not message.get("reasoning_content") and _EMPTY_THINKING.match(trained) and "</think>" not in place.prompt[-40:]:
         faults += ["empty thinking trained"] * ("enable_thinking" in tokenizer.chat_template)
     return faults

@@ -46,8 +46,8 @@ def totals(verdicts: Verdicts) -> Counter:
     return Counter(v.kind for rows in verdicts.values() for v in rows.values())
 
 
-def markdown(verdicts: Verdicts) -> str:
-    """Totals, counts by template and by row, and the first reason of each thing that is not right."""
+def markdown(verdicts: Verdicts, *, details: bool = True) -> str:
+    """Totals, counts by template and by row; with `details` the first reasons of each thing that is not right."""
     total = totals(verdicts)
     count = sum(total.values())
     shares = ", ".join(f"{kind} {total[kind]} ({total[kind] / count:.1%})" for kind in KINDS)
@@ -64,7 +64,10 @@ def markdown(verdicts: Verdicts) -> str:
         for row, v in rows.items():
             by_row.setdefault(row, []).append(v)
     lines += _table("template", {name: list(rows.values()) for name, rows in verdicts.items()})
-    lines += ["", *_table("row", by_row), "", "## Not right", ""]
+    lines += ["", *_table("row", by_row)]
+    if not details:
+        return "\n".join(lines) + "\n"
+    lines += ["", "## Not right", ""]
     for name, rows in verdicts.items():
         for row, v in rows.items():
             if v.kind != "right":

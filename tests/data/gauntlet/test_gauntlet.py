@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.data.gauntlet import report, sources
+from tests.data.gauntlet.adapter import encode
+from tests.data.gauntlet.goldens import GOLDENS
+from tests.data.gauntlet.rows import ROWS
+from tests.data.gauntlet.tokenizers import build, token_bytes
 
 MODE = os.environ.get("EAFT_GAUNTLET")
 
@@ -21,6 +25,28 @@ def folder() -> Path:
     except RuntimeError as error:
         pytest.skip(f"no templates: {error}; {sources.FOLDER_VARIABLE} may name a folder that has them")
     return target
+
+
+def trained_text(tokenizer, row: dict) -> list[str]:
+    """The runs of trained tokens of a row's samples, as text; why there are none, if it is refused."""
+    outcome = encode(tokenizer, row)
+    runs = [outcome.refusal or outcome.crash] if not outcome.samples else []
+    for ids, mask in outcome.samples:
+        before = False
+        for piece, flag in zip(token_bytes(tokenizer, ids), mask, strict=True):
+            if flag:
+                runs = [*runs, piece] if not before else [*runs[:-1], runs[-1] + piece]
+            before = flag
+    return [run.decode() if isinstance(run, bytes) else run for run in runs]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(MODE != "assert", reason="EAFT_GAUNTLET=assert runs it")
+@pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in GOLDENS.items() for row in rows])
+def test_goldens(folder, name, row):
+    """The trained text of the main families, written out by hand."""
+    tokenizer = build(folder, sources.load(folder)[name])
+    assert trained_text(tokenizer, ROWS[row]) == GOLDENS[name][row]
 
 
 @pytest.mark.slow
