@@ -60,8 +60,16 @@ class Gate(abc.ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     needs_side: ClassVar[tuple[str, ...]] = ()
-    needs_sequence_ids: bool = False
-    needs_batch: bool = False
+
+    @property
+    def needs_sequence_ids(self) -> bool:
+        """See above."""
+        return False
+
+    @property
+    def needs_batch(self) -> bool:
+        """See above."""
+        return False
 
     def check(self, topk: int) -> None:  # noqa: B027  not abstract: most gates have nothing to check
         """Raise ``ValueError`` if the gate cannot work with this K = min(topk, V); the default accepts any."""
@@ -171,7 +179,7 @@ class ThresholdGate(EntropyGate):
             )
         if self.threshold is not None:
             _check(True, "threshold (--eaft-threshold) must be finite", self.threshold)
-        else:
+        if self.percentile is not None:
             _check_percentile(self.percentile)
 
     @property
@@ -180,10 +188,11 @@ class ThresholdGate(EntropyGate):
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         h = stats.normalized_entropy(self.entropy_norm)
-        threshold = self.threshold
-        if threshold is None:
-            (threshold,) = batch_quantile([h], stats.valid, self.percentile / 100, context.reduce_group)
-        return (h > threshold).to(h.dtype)
+        if self.threshold is not None:
+            return (h > self.threshold).to(h.dtype)
+        assert self.percentile is not None
+        (limit,) = batch_quantile([h], stats.valid, self.percentile / 100, context.reduce_group)
+        return (h > limit).to(h.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +203,17 @@ class ConflictMaskGate(EntropyGate):
     """
 
     percentile: float = 15.0
-    needs_batch: ClassVar[bool] = True
+
+    @property
+    def needs_batch(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_percentile(self.percentile)
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
-        columns = [stats.entropy, stats.probability]
+        columns = [stats.normalized_entropy(1.0), stats.probability]
         limits = batch_quantile(columns, stats.valid, self.percentile / 100, context.reduce_group)
         conflict = (columns[0] < limits[0]) & (columns[1] < limits[1])
         return (~conflict).to(stats.ce.dtype)
@@ -246,6 +258,7 @@ class TALRGate(Gate):
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         tau: float | Tensor | None = self.tau
         if tau is None:
+            assert context.sequence_ids is not None
             tau = median_of_sequence_means(stats.ce, stats.valid, context.sequence_ids, context.reduce_group)
             tau = torch.where(tau.isnan(), 1.0, tau.clamp(min=1e-6))
         return (-stats.ce / tau).exp().clamp(min=self.min_weight)

@@ -24,19 +24,19 @@ def check_loss_inputs(
     target: Tensor,
     gate: Gate,
     *,
-    group: dist.ProcessGroup | None,
-    side: Mapping[str, Tensor] | None,
-    sequence_ids: Tensor | None,
-    reduce_group: dist.ProcessGroup | None,
-    topk: int,
-    vocab_size: int | None,
-    ignore_index: int,
-    impl: str,
-    exchange: str,
-    validate: bool | None,
     return_stats: bool,
+    group: dist.ProcessGroup | None = None,
+    side: Mapping[str, Tensor] | None = None,
+    sequence_ids: Tensor | None = None,
+    reduce_group: dist.ProcessGroup | None = None,
+    topk: int = 20,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
+    impl: str = "auto",
+    exchange: str = "packed",
+    validate: bool | None = None,
 ) -> tuple[Plan, BoundGate]:
-    """The arguments that all losses share; of the logits, shape, dtype and device are looked at."""
+    """The arguments that all losses share, with their defaults; of the logits shape, dtype and device count."""
     if not isinstance(gate, Gate):
         raise ValueError(f"gate must be a Gate such as EAFTGate(), got {type(gate).__name__}")
     plan = make_plan(

@@ -7,20 +7,40 @@ gate runs between the two, on all tokens at once, so that statistics of a batch 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.exchange import Statistics, compute_dtype
 from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
 from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
-from eaft_megatron.loss.linear_inputs import LinearInputs, check_linear_inputs, logits_like
+from eaft_megatron.loss.linear_inputs import LinearInputs, logits_like
+from eaft_megatron.loss.options import EAFTLinearOptions, LinearOptions, LossOptions
 from eaft_megatron.loss.passes import apply_gate, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.token_stats import TokenStats
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
+
+
+@overload
+def vocab_parallel_linear_eaft_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[EAFTLinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def vocab_parallel_linear_eaft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[EAFTLinearOptions]
+) -> tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_linear_eaft_loss(
@@ -28,23 +48,10 @@ def vocab_parallel_linear_eaft_loss(
     weight: Tensor,
     target: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
-    topk: int = 20,
     alpha: float = 1.0,
     entropy_norm: float | None = None,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
-    chunk_tokens: int = 4096,
-    sequence_parallel: bool = False,
-    gradient_accumulation_fusion: bool = False,
-    weight_grad_dtype: torch.dtype | None = None,
-    logits_scale: float = 1.0,
-    impl: str = "auto",
-    exchange: str = "packed",
-    validate: bool | None = None,
-    drop_ignored: bool | None = None,
-    max_valid: int | None = None,
     return_stats: bool = False,
+    **options: Unpack[LinearOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """The EAFT loss of ``logits = logits_scale * hidden @ weight.T``, which never exist as a whole.
 
@@ -66,7 +73,7 @@ def vocab_parallel_linear_eaft_loss(
         weight: ``[V_local, H]`` of the same dtype: this rank's rows of the output layer, or of the embedding tied to
             it. The layer has no bias.
         target: ``[...]`` int64 global ids, or ``ignore_index``, of all tokens; the same on every rank of ``group``.
-        chunk_tokens: tokens per chunk. Larger is faster up to a few thousand, smaller takes less memory.
+        chunk_tokens: tokens per chunk, 4096. Larger is faster up to a few thousand, smaller takes less memory.
         sequence_parallel: ``hidden`` is a slice of the sequence: gathered here, and its gradient reduce-scattered.
         gradient_accumulation_fusion: add the weight's gradient into ``weight.main_grad``, as Megatron's option of
             this name does, and set ``weight.grad_added_to_main_grad`` where the weight has it.
@@ -75,7 +82,7 @@ def vocab_parallel_linear_eaft_loss(
             weight's own.
         logits_scale: factor of the logits, as MuP has it; applied within the matrix product.
         drop_ignored: leave out the rows of ignored tokens before the matrix products, so that they cost nothing. It
-            has to know their number, which on a GPU is one host sync. None: on the CPU only.
+            has to know their number, which on a GPU is one host sync. None (default): on the CPU only.
         max_valid: a bound, known on the host, on the number of tokens that are not ignored: the rows beyond it are
             left out without any sync. Tokens that do count and fall beyond a bound that is too low have a NaN loss.
 
@@ -86,27 +93,44 @@ def vocab_parallel_linear_eaft_loss(
         ValueError: shapes or dtypes that do not fit, a bad option, no ``main_grad`` where it is asked for, or a target
             outside the vocabulary (see ``validate``). Raised on every rank alike, before any collective.
     """
-    return vocab_parallel_linear_token_loss(
-        hidden,
-        weight,
-        target,
-        EAFTGate(alpha=alpha, entropy_norm=entropy_norm),
-        group=group,
-        topk=topk,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        chunk_tokens=chunk_tokens,
-        sequence_parallel=sequence_parallel,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        weight_grad_dtype=weight_grad_dtype,
-        logits_scale=logits_scale,
-        impl=impl,
-        exchange=exchange,
-        validate=validate,
-        drop_ignored=drop_ignored,
-        max_valid=max_valid,
-        return_stats=return_stats,
-    )
+    gate = EAFTGate(alpha=alpha, entropy_norm=entropy_norm)
+    return vocab_parallel_linear_token_loss(hidden, weight, target, gate, return_stats=return_stats, **options)
+
+
+@overload
+def vocab_parallel_linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearOptions],
+) -> Tensor: ...
+
+
+@overload
+def vocab_parallel_linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearOptions],
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@overload
+def vocab_parallel_linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearOptions],
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_linear_token_loss(
@@ -115,57 +139,34 @@ def vocab_parallel_linear_token_loss(
     target: Tensor,
     gate: Gate,
     *,
-    group: dist.ProcessGroup | None = None,
-    side: Mapping[str, Tensor] | None = None,
-    sequence_ids: Tensor | None = None,
-    reduce_group: dist.ProcessGroup | None = None,
-    topk: int = 20,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
     chunk_tokens: int = 4096,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
     weight_grad_dtype: torch.dtype | None = None,
     logits_scale: float = 1.0,
-    impl: str = "auto",
-    exchange: str = "packed",
-    validate: bool | None = None,
     drop_ignored: bool | None = None,
     max_valid: int | None = None,
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Per-token loss of any gate on ``logits = logits_scale * hidden @ weight.T``, which never exist as a whole.
 
     ``gate``, ``side``, ``sequence_ids`` and ``reduce_group`` are those of
     :func:`eaft_megatron.vocab_parallel_token_loss`; the rest is as in :func:`vocab_parallel_linear_eaft_loss`.
     """
-    plan, bound_gate = check_loss_inputs(
-        logits_like(hidden, weight, target, group, sequence_parallel),
-        target,
-        gate,
-        group=group,
-        side=side,
-        sequence_ids=sequence_ids,
-        reduce_group=reduce_group,
-        topk=topk,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        impl=impl,
-        exchange=exchange,
-        validate=validate,
-        return_stats=return_stats,
-    )
-    inputs = check_linear_inputs(
-        plan,
-        weight,
+    logits = logits_like(hidden, weight, target, options.get("group"), sequence_parallel)
+    plan, bound_gate = check_loss_inputs(logits, target, gate, return_stats=return_stats, **options)
+    inputs = LinearInputs(
+        plan=plan,
         chunk_tokens=chunk_tokens,
         logits_scale=logits_scale,
         sequence_parallel=sequence_parallel,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
         weight_grad_dtype=weight_grad_dtype,
-        drop_ignored=drop_ignored,
+        drop_ignored=target.device.type == "cpu" and max_valid is None if drop_ignored is None else drop_ignored,
         max_valid=max_valid,
     )
+    inputs.check(weight, drop_ignored)
     outputs = _LinearTokenLoss.apply(hidden, weight, target.reshape(-1), inputs, bound_gate)
     return loss_and_stats(outputs, target.shape, plan, return_stats)
 
@@ -184,7 +185,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         slope = inputs.logits_scale * slope
         ctx.save_for_backward(hidden, weight, kept_target, keep, statistics.maximum, statistics.sum_exp, slope)
         ctx.inputs = inputs
-        ctx.main_grad = weight.main_grad if inputs.gradient_accumulation_fusion else None
+        ctx.main_grad = getattr(weight, "main_grad", None) if inputs.gradient_accumulation_fusion else None
         return outputs
 
     @staticmethod
@@ -200,8 +201,9 @@ class _LinearTokenLoss(torch.autograd.Function):
             to_weight = WeightGradient(weight, ctx.main_grad, inputs.weight_grad_dtype)
         sums = PendingSums(None if inputs.sequence_parallel else plan.group)
         for part, states, logits in inputs.chunks(rows, weight, target, keep):
-            per_token = (tensor[part] for tensor in (target, maximum, sum_exp, slope, upstream))
-            write_gradient(logits, *per_token, plan, logits)
+            write_gradient(
+                logits, target[part], maximum[part], sum_exp[part], slope[part], upstream[part], plan, logits
+            )
             if to_hidden is not None:
                 torch.mm(logits, weight, out=to_hidden[part])
                 sums.add(to_hidden[part])
@@ -210,7 +212,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         sums.wait()
         if to_hidden is not None:
             to_hidden = _hidden_gradient(to_hidden, rows.shape, keep, hidden, inputs)
-        return to_hidden, to_weight and to_weight.result(), None, None, None
+        return to_hidden, None if to_weight is None else to_weight.result(), None, None, None
 
 
 def _statistics(rows: Tensor, weight: Tensor, target: Tensor, keep: Tensor | None, inputs: LinearInputs) -> Statistics:
@@ -219,7 +221,7 @@ def _statistics(rows: Tensor, weight: Tensor, target: Tensor, keep: Tensor | Non
 
     def fill(part: slice, finish: Callable[[], Statistics]) -> None:
         for column, values in zip(statistics, finish(), strict=True):
-            if column is not None:
+            if column is not None and values is not None:
                 column[part] = values
 
     pending = None  # a chunk's exchange is on its way while the next chunk's logits are made

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eaft_megatron.loss.exchange import compute_dtype
 from eaft_megatron.loss.plan import group_rank_and_size
 
 _WEIGHT_ROWS = 1 << 14  # of the weight's gradient made at a time where its dtype is not that of the hidden states
@@ -56,11 +57,12 @@ class WeightGradient:
         weight: the parameter.
         main_grad: add into this tensor, whatever it holds, as Megatron's --gradient-accumulation-fusion does; None to
             return a gradient of the weight's own dtype.
-        dtype: in which the sum is kept where there is no ``main_grad``.
+        dtype: in which the sum is kept where there is no ``main_grad``; None for float32, float64 for a float64 weight.
     """
 
-    def __init__(self, weight: Tensor, main_grad: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, main_grad: Tensor | None, dtype: torch.dtype | None) -> None:
         self.weight, self.main_grad = weight, main_grad
+        dtype = dtype or compute_dtype(weight.dtype)
         self.total = torch.zeros_like(weight, dtype=dtype) if main_grad is None else main_grad
 
     def add(self, logits_gradient: Tensor, hidden: Tensor) -> None:

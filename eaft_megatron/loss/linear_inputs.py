@@ -23,9 +23,23 @@ class LinearInputs:
     logits_scale: float
     sequence_parallel: bool
     gradient_accumulation_fusion: bool
-    weight_grad_dtype: torch.dtype
+    weight_grad_dtype: torch.dtype | None
     drop_ignored: bool
     max_valid: int | None
+
+    def check(self, weight: Tensor, drop_ignored: bool | None) -> None:
+        """``ValueError`` for an option that cannot be; ``drop_ignored`` as the caller gave it."""
+        if self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be >= 1, got {self.chunk_tokens}")
+        if not math.isfinite(self.logits_scale):
+            raise ValueError(f"logits_scale must be finite, got {self.logits_scale}")
+        if self.max_valid is not None and (self.max_valid < 0 or drop_ignored is not None):
+            raise ValueError(
+                f"max_valid must be >= 0, and takes the place of drop_ignored: got max_valid={self.max_valid}, "
+                f"drop_ignored={drop_ignored}"
+            )
+        if self.gradient_accumulation_fusion:
+            _check_main_grad(weight)
 
     def rows(self, hidden: Tensor) -> Tensor:
         """``[N, H]`` hidden states of all tokens; with sequence parallelism one all-gather of N x H / tp numbers."""
@@ -55,9 +69,7 @@ class LinearInputs:
         for begin in range(0, total, self.chunk_tokens):
             part = slice(begin, min(begin + self.chunk_tokens, total))
             hidden = rows[part] if keep is None else rows[keep[part]]
-            if (
-                not self.drop_ignored
-            ):  # what an ignored token's hidden states hold must not reach the weight, NaN included
+            if not self.drop_ignored:  # an ignored token's hidden states must not reach the weight, NaN included
                 hidden = hidden.masked_fill(self.plan.ignored(target[part]).unsqueeze(1), 0)
             logits = buffer[: part.stop - begin]
             logits.addmm_(hidden, weight.t(), beta=0, alpha=self.logits_scale)
@@ -85,45 +97,6 @@ def logits_like(
             f"got {tuple(target.shape)}"
         )
     return hidden.new_empty(()).expand(*shape, weight.shape[0])
-
-
-def check_linear_inputs(
-    plan: Plan,
-    weight: Tensor,
-    *,
-    chunk_tokens: int,
-    logits_scale: float,
-    sequence_parallel: bool,
-    gradient_accumulation_fusion: bool,
-    weight_grad_dtype: torch.dtype | None,
-    drop_ignored: bool | None,
-    max_valid: int | None,
-) -> LinearInputs:
-    """``ValueError`` for an option that cannot be; the names are those of the public functions."""
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be >= 1, got {chunk_tokens}")
-    if not math.isfinite(logits_scale):
-        raise ValueError(f"logits_scale must be finite, got {logits_scale}")
-    if max_valid is not None and (max_valid < 0 or drop_ignored is not None):
-        raise ValueError(
-            f"max_valid must be >= 0, and takes the place of drop_ignored: got max_valid={max_valid}, "
-            f"drop_ignored={drop_ignored}"
-        )
-    if gradient_accumulation_fusion:
-        _check_main_grad(weight)
-    if max_valid is None and drop_ignored is None:
-        drop_ignored = weight.device.type == "cpu"
-    half = weight.dtype in (torch.bfloat16, torch.float16)
-    return LinearInputs(
-        plan,
-        chunk_tokens=chunk_tokens,
-        logits_scale=logits_scale,
-        sequence_parallel=sequence_parallel,
-        gradient_accumulation_fusion=gradient_accumulation_fusion,
-        weight_grad_dtype=weight_grad_dtype or (torch.float32 if half else weight.dtype),
-        drop_ignored=bool(drop_ignored),
-        max_valid=max_valid,
-    )
 
 
 def _check_main_grad(weight: Tensor) -> None:

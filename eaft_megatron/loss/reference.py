@@ -70,4 +70,5 @@ def reference_eaft_loss(
     # A target with p = 0 has an infinite loss; where its weight is 0 too, 0 * inf must not become NaN.
     loss = torch.where(torch.isposinf(ce) & (weight == 0), math.inf, weight * ce)
     zero = torch.zeros_like(ce)
-    return tuple(torch.where(valid, value, zero) for value in (loss, ce, entropy, weight))
+    loss, ce, entropy, weight = (torch.where(valid, value, zero) for value in (loss, ce, entropy, weight))
+    return loss, ce, entropy, weight

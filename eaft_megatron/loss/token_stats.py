@@ -38,13 +38,12 @@ class TokenStats:
 
     def normalized_entropy(self, entropy_norm: float | None = None) -> Tensor:
         """``h = entropy / entropy_norm``; ``None`` stands for ``ln K``, which puts h in [0, 1]."""
+        if self.entropy is None:
+            raise ValueError('the gate reads the entropy and does not ask for it: let its `needs` hold "entropy"')
         return self.entropy / (math.log(self.topk) if entropy_norm is None else entropy_norm)
 
     def reshape(self, shape) -> TokenStats:
         """The same numbers with every tensor viewed as ``shape``."""
-        tensors = {
-            field.name: value.reshape(shape)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        shaped = {name: value.reshape(shape) for name, value in values.items() if isinstance(value, Tensor)}
+        return TokenStats(**(values | shaped))

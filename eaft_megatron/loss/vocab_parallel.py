@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -11,28 +10,40 @@ from torch import Tensor
 
 from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs, make_plan
+from eaft_megatron.loss.options import EAFTLogitsOptions, LogitsOptions, LossOptions
 from eaft_megatron.loss.passes import apply_gate, compute_entropy, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.plan import Plan
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.torch_impl import spans_of
+
+if TYPE_CHECKING:
+    from typing import Unpack  # Python 3.11
+
+
+@overload
+def vocab_parallel_eaft_loss(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[EAFTLogitsOptions],
+) -> Tensor: ...
+
+
+@overload
+def vocab_parallel_eaft_loss(
+    vocab_parallel_logits: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[EAFTLogitsOptions]
+) -> tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_eaft_loss(
     vocab_parallel_logits: Tensor,
     target: Tensor,
     *,
-    group: dist.ProcessGroup | None = None,
-    topk: int = 20,
     alpha: float = 1.0,
     entropy_norm: float | None = None,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
-    inplace_backward: bool = False,
-    impl: str = "auto",
-    exchange: str = "packed",
-    validate: bool | None = None,
-    compact_ignored: bool | None = None,
     return_stats: bool = False,
+    **options: Unpack[LogitsOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Entropy-adaptive fine-tuning loss per token, ``(H_topK / entropy_norm) ** alpha * ce``, weight detached.
 
@@ -43,23 +54,24 @@ def vocab_parallel_eaft_loss(
         vocab_parallel_logits: ``[..., V_local]`` bf16, fp16, fp32 or fp64: this rank's columns, the same number on
             every rank, rank r holding global ids ``r * V_local`` onwards.
         target: ``[...]`` int64 global ids, or ``ignore_index``; the same on every rank of ``group``.
-        group: tensor-parallel process group. None means that the vocabulary is not sharded.
-        topk: K of the entropy; ``min(topk, vocab_size)`` is used.
+        group: tensor-parallel process group. None (default) means that the vocabulary is not sharded.
+        topk: K of the entropy, 20; ``min(topk, vocab_size)`` is used.
         alpha: exponent of the linear gate, >= 0.
         entropy_norm: nats; None for ``ln K`` (the paper); 3.0 for the authors' released code.
-        vocab_size: true vocabulary; columns beyond it are padding and are never read. None: every column counts.
-        ignore_index: target value of tokens that do not count: loss 0, gradient 0, whatever their logits hold.
+        vocab_size: true vocabulary; columns beyond it are padding and never read. None (default): every column counts.
+        ignore_index: target value of tokens that do not count, -100: loss 0, gradient 0, whatever their logits hold.
         inplace_backward: let the backward pass write the gradient over the logits' storage. The logits are then
             lost; a second backward through them raises.
-        impl: "triton" for the GPU kernels, "torch" for plain torch, "auto" for the kernels wherever they can run (see
+        impl: "auto" (default) for the GPU kernels wherever they can run, "triton" or "torch" for one of the two (see
             :func:`eaft_megatron.loss.implementation.choose_triton`). float64 logits are always plain torch's.
-        exchange: "packed" (one all-gather of K + 2 numbers a token, the logits among them in their own dtype) or
-            "split" (all-gather of the local top-K, then one all-reduce of [sum of exponentials, target logit]).
-        validate: look for targets outside the vocabulary and raise. None: on the CPU only, for on a GPU looking
-            stalls the stream; such a token's loss is then NaN.
+        exchange: "packed" (default: one all-gather of K + 2 numbers a token, the logits among them in their own
+            dtype) or "split" (all-gather of the local top-K, then one all-reduce of [sum of exponentials, target
+            logit]).
+        validate: look for targets outside the vocabulary and raise. None (default): on the CPU only, for on a GPU
+            looking stalls the stream; such a token's loss is then NaN.
         compact_ignored: leave the rows of ignored tokens out of every pass, so that they cost almost nothing. It has
-            to know their number, which on a GPU is one host sync. None: on the CPU only. The kernels skip such rows
-            without knowing their number, and ignore this argument.
+            to know their number, which on a GPU is one host sync. None (default): on the CPU only. The kernels skip
+            such rows without knowing their number, and ignore this argument.
         return_stats: also return detached :class:`TokenStats`.
 
     Returns:
@@ -71,21 +83,41 @@ def vocab_parallel_eaft_loss(
         ValueError: wrong dtype or shape, topk < 1, vocab_size beyond what the shards hold, a bad option, or (see
             ``validate``) a target outside the vocabulary. Raised on every rank alike, before any collective.
     """
-    return vocab_parallel_token_loss(
-        vocab_parallel_logits,
-        target,
-        EAFTGate(alpha=alpha, entropy_norm=entropy_norm),
-        group=group,
-        topk=topk,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        inplace_backward=inplace_backward,
-        impl=impl,
-        exchange=exchange,
-        validate=validate,
-        compact_ignored=compact_ignored,
-        return_stats=return_stats,
-    )
+    gate = EAFTGate(alpha=alpha, entropy_norm=entropy_norm)
+    return vocab_parallel_token_loss(vocab_parallel_logits, target, gate, return_stats=return_stats, **options)
+
+
+@overload
+def vocab_parallel_token_loss(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LogitsOptions],
+) -> Tensor: ...
+
+
+@overload
+def vocab_parallel_token_loss(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LogitsOptions],
+) -> tuple[Tensor, TokenStats]: ...
+
+
+@overload
+def vocab_parallel_token_loss(
+    vocab_parallel_logits: Tensor,
+    target: Tensor,
+    gate: Gate,
+    *,
+    return_stats: bool,
+    **options: Unpack[LogitsOptions],
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_token_loss(
@@ -93,19 +125,10 @@ def vocab_parallel_token_loss(
     target: Tensor,
     gate: Gate,
     *,
-    group: dist.ProcessGroup | None = None,
-    side: Mapping[str, Tensor] | None = None,
-    sequence_ids: Tensor | None = None,
-    reduce_group: dist.ProcessGroup | None = None,
-    topk: int = 20,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
     inplace_backward: bool = False,
-    impl: str = "auto",
-    exchange: str = "packed",
-    validate: bool | None = None,
     compact_ignored: bool | None = None,
     return_stats: bool = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, TokenStats]:
     """Per-token loss of any gate, see :mod:`eaft_megatron.loss.gates`.
 
@@ -121,22 +144,7 @@ def vocab_parallel_token_loss(
 
     The other arguments, the return value and the errors are those of :func:`vocab_parallel_eaft_loss`.
     """
-    plan, bound_gate = check_loss_inputs(
-        vocab_parallel_logits,
-        target,
-        gate,
-        group=group,
-        side=side,
-        sequence_ids=sequence_ids,
-        reduce_group=reduce_group,
-        topk=topk,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        impl=impl,
-        exchange=exchange,
-        validate=validate,
-        return_stats=return_stats,
-    )
+    plan, bound_gate = check_loss_inputs(vocab_parallel_logits, target, gate, return_stats=return_stats, **options)
     if compact_ignored is None:
         compact_ignored = target.device.type == "cpu"
     rows = vocab_parallel_logits.reshape(-1, vocab_parallel_logits.shape[-1])

@@ -30,7 +30,8 @@ def _topk_entropy(keys, maximum, K: tl.constexpr):
         keys = tl.where(keys == best, KEY_OF_MINUS_INF, keys)
         distance = from_key(best) - maximum
         e = exp_of_negative(distance)
-        counted = tl.minimum(copies, K - filled) - (filled == 0).to(tl.int32)  # the maximum itself is the 1 in 1 + rest
+        counted = tl.minimum(copies, K - filled)
+        counted = tl.where(filled == 0, counted - 1, counted)  # the maximum itself is the 1 in 1 + rest
         rest += counted * e
         moment += tl.where(e > 0.0, counted * (-distance * e), 0.0)
         filled += copies
@@ -88,16 +89,16 @@ def merge_kernel(
         tl.store(entropy_out + token, entropy + (maximum - maximum))  # adds 0, or NaN to a row of nothing but -inf
     if TARGET:
         rescale = tl.where(local == MINUS_INF, 0.0, exp_of_negative(local - maximum))
-        own = tl.load(sums + rank * sums_stride + token, mask=rank < RANKS, other=0.0)
-        sum_exp = tl.sum(own * rescale, axis=0)
+        local_sum = tl.load(sums + rank * sums_stride + token, mask=rank < RANKS, other=0.0)
+        sum_exp = tl.sum(local_sum * rescale, axis=0)
         logit = tl.load(here + KL, mask=rank < RANKS, other=MINUS_INF).to(tl.float32)
         ce = (maximum - tl.max(logit, axis=0)) + tl.log(sum_exp)
         tl.store(maximum_out + token, maximum)
         tl.store(sum_exp_out + token, sum_exp)
         tl.store(ce_out + token, tl.where((y < 0) | (y >= vocab_size), float("nan"), ce))
         if SQUARES:
-            own2 = tl.load(sums + rank * sums_stride + tokens + token, mask=rank < RANKS, other=0.0)
-            tl.store(squares_out + token, tl.sum(own2 * (rescale * rescale), axis=0) / (sum_exp * sum_exp))
+            local_squares = tl.load(sums + rank * sums_stride + tokens + token, mask=rank < RANKS, other=0.0)
+            tl.store(squares_out + token, tl.sum(local_squares * (rescale * rescale), axis=0) / (sum_exp * sum_exp))
 
 
 def launch_merge(

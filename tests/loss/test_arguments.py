@@ -1,0 +1,33 @@
+"""What the losses say of their arguments, to a type checker and at run time."""
+
+from __future__ import annotations
+
+import sys
+import typing
+
+import pytest
+import torch
+
+import eaft_megatron
+
+LOSSES = [name for name in eaft_megatron.__all__ if name.startswith("vocab_parallel") and name.endswith("_loss")]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads is of Python 3.11")
+@pytest.mark.parametrize("name", LOSSES)
+def test_return_stats_decides_the_type_of_the_result(name):
+    """A type checker is told Tensor without statistics, and a pair with them."""
+    told = {
+        overload.__annotations__["return_stats"]: overload.__annotations__["return"]
+        for overload in typing.get_overloads(getattr(eaft_megatron, name))
+    }
+    assert told == {"Literal[False]": "Tensor", "Literal[True]": "tuple[Tensor, TokenStats]"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_unknown_argument_is_refused(name):
+    """Also those that travel in **options are looked at."""
+    gate = [eaft_megatron.SFTGate()] if "token" in name else []
+    tensors = [torch.zeros(2, 3), torch.zeros(8, 3)] if "linear" in name else [torch.zeros(2, 8)]
+    with pytest.raises(TypeError, match="top_k"):
+        getattr(eaft_megatron, name)(*tensors, torch.tensor([0, 1]), *gate, top_k=3)
