@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from eaft_megatron.checkpoint_files import TRACKER, iteration_name, newest_checkpoint
 from eaft_megatron.files import new_folder, replace_folder, replacing, write_json, write_text
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_an_error_leaves_the_file_of_before(tmp_path):
@@ -20,6 +23,17 @@ def test_an_error_leaves_the_file_of_before(tmp_path):
         raise RuntimeError
     assert (tmp_path / "a.json").read_text() == "old"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_every_picture_replaces_the_one_before():
+    """No picture is drawn into the file that readers open: what is saved is the name that `replacing` gave."""
+    saved = []
+    for path in [*(ROOT / "eaft_megatron").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        saved += [(path.name, lines[i - 1].strip(), line) for i, line in enumerate(lines) if ".savefig(" in line]
+    assert len(saved) >= 6
+    for name, before, line in saved:
+        assert before == "with replacing(path) as partial:" and ".savefig(partial" in line, name
 
 
 def test_a_killed_writer_leaves_the_file_of_before(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.analysis.scoring import Batch
-from eaft_megatron.analysis.statistics import score_logits
+from eaft_megatron.analysis.token_scores import score_logits
 
 
 class HFBackend:

@@ -15,8 +15,9 @@ import numpy as np
 from eaft_megatron.analysis.conflicts import token_texts
 from eaft_megatron.analysis.landscape import QUADRANTS
 from eaft_megatron.analysis.page import PAGE
-from eaft_megatron.analysis.statistics import LOGPROB, TOPK_ENTROPY
+from eaft_megatron.analysis.token_scores import LOGPROB, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData
+from eaft_megatron.files import write_text
 
 _LONGEST = 2048  # tokens shown of a row
 
@@ -66,7 +67,7 @@ def write_page(path: str | os.PathLike, summary: dict[str, Any], samples: list[d
         "CONTENT": packed,
     }
     page = re.sub(rf"@({'|'.join(parts)})@", lambda found: parts[found[1]], PAGE)
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _facts(summary: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.analysis.scoring import Batch, Team
-from eaft_megatron.analysis.statistics import score_logits
+from eaft_megatron.analysis.token_scores import score_logits
 from eaft_megatron.installed import choose_transformer_impl
 from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, transformer_config
 from eaft_megatron.ranks import on_rank_0

@@ -9,6 +9,7 @@ import numpy as np
 
 from eaft_megatron.analysis.landscape import QUADRANTS
 from eaft_megatron.analysis.tokens import ScoredTokens
+from eaft_megatron.files import replacing
 
 _COLORS = {"conflict": "#d95f02", "low_entropy": "#1b9e77", "low_probability": "#7570b3", "neither": "#bdbdbd"}
 _MIN_ENTROPY, _MIN_PROBABILITY = 1e-6, 1e-9  # where the logarithmic axes begin
@@ -43,7 +44,8 @@ def draw_plane(tokens: ScoredTokens, summary: dict[str, Any], path: str | os.Pat
         f"{os.path.basename(str(summary['model']))}; lines at the {summary['percentile']:g}th percentiles",
         fontsize=11,
     )
-    figure.savefig(path, dpi=100)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=100)
     pyplot.close(figure)
 
 
@@ -105,7 +107,8 @@ def draw_gates(summary: dict[str, Any], path: str | os.PathLike) -> None:
     axis.set_xlim(0, 1.12 * left.max())
     axis.set_xlabel("percent of the cross entropy that is left, and where it lies")
     figure.legend(fontsize=7, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)
 
 

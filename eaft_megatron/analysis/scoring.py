@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eaft_megatron._version import __version__
 from eaft_megatron.analysis.batching import WINDOW_TOKENS, batches, windows
-from eaft_megatron.analysis.statistics import ENTROPY, IGNORED, LOGPROB, TOPK_ENTROPY
+from eaft_megatron.analysis.token_scores import ENTROPY, IGNORED, LOGPROB, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData, write_column
 from eaft_megatron.files import replacing, write_json
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eaft_megatron.analysis.scoring import same_model
-from eaft_megatron.analysis.statistics import ENTROPY, LOGPROB, TOPK_ENTROPY
+from eaft_megatron.analysis.token_scores import ENTROPY, LOGPROB, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData
 
 

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder and print the most important numbers."""
-    from eaft_megatron.analysis.report import PAGE, write_landscape
+    from eaft_megatron.analysis.landscape_files import PAGE, write_landscape
     from eaft_megatron.data.encoding import load_tokenizer
     from eaft_megatron.data.prepared import PreparedData, training_folder
 

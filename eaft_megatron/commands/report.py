@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw the picture and print the table."""
-    from eaft_megatron.launch.report import draw, read_run, table
+    from eaft_megatron.launch.curves import draw, read_run, table
 
     runs = [read_run(folder) for folder in args.run_dir]
     path = Path(args.output or Path(args.run_dir[0]) / "report.png")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from eaft_megatron.data.prepared import PreparedData
+from eaft_megatron.files import replacing
 
 _TRAINED, _PLAIN = "\x1b[1;32m", "\x1b[0m"
 _BLOCKS = " ▏▎▍▌▋▊▉█"
@@ -107,5 +108,6 @@ def draw(data: PreparedData, path: str | os.PathLike) -> None:
         axis.set_title(title, fontsize=9)
         if edges[-1] > 200:
             axis.set_xscale("log")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
     pyplot.close(figure)

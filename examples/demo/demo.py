@@ -3,8 +3,8 @@
     python examples/demo/demo.py --output DIR [--train-iters N] [--wheels DIR] [-- FLAGS FOR eaft_megatron.train]
 
 Fetches model and data (prepare_data.py), tokenizes and masks them (`eaft-megatron prepare`), trains once with each
-loss, then prints a table and writes demo.png (report.py). Everything goes into DIR. The data are benchmark test data: a
-demonstration, not a result to report.
+loss, then prints a table and writes demo.png (comparison.py). Everything goes into DIR. The data are benchmark test
+data: a demonstration, not a result to report.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     for method in METHODS:
         shutil.rmtree(runs[method], ignore_errors=True)
         step(f"training with --loss-type {method}", train_command(method, options))
-    report = [sys.executable, str(HERE / "report.py"), "--output", str(options.output)]
+    report = [sys.executable, str(HERE / "comparison.py"), "--output", str(options.output)]
     for method, folder in runs.items():
         report += [f"--{method}", str(folder)]
     step("report", report)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from eaft_megatron.files import write_text
+from eaft_megatron.files import replacing, write_text
 
 COLOURS = {
     "sft": "#222222",
@@ -142,7 +142,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.set_visible(False)
     model = f"{len(results['seeds'])} seed(s), bars: one standard deviation, small dots: single runs"
     figure.suptitle(f"Gained on held-out chats against lost on general text ({model}); best is down right")
-    figure.savefig(path, dpi=130)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130)
     plt.close(figure)
 
 

@@ -10,7 +10,7 @@ import re
 import pytest
 
 from eaft_megatron.analysis.html import page_sample, write_page
-from eaft_megatron.analysis.report import write_landscape
+from eaft_megatron.analysis.landscape_files import write_landscape
 from eaft_megatron.data.encoding import load_tokenizer
 from tests.analysis.browser import MISSING, open_browser
 from tests.analysis.test_landscape import write_scores

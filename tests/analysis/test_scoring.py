@@ -16,7 +16,7 @@ import torch
 from eaft_megatron.analysis import scoring
 from eaft_megatron.analysis.batching import batches, windows
 from eaft_megatron.analysis.model_record import model_record
-from eaft_megatron.analysis.statistics import full_entropy
+from eaft_megatron.analysis.token_scores import full_entropy
 from eaft_megatron.cli import main
 from eaft_megatron.data.prepared import PreparedData
 from eaft_megatron.testing.distributed import run_distributed

@@ -27,7 +27,7 @@ def _curve(start: float, steps: int = 20) -> dict[int, float]:
 
 def test_both_writers_curves_are_found(tmp_path):
     """Whatever the tag is called: the metric, the gradient norm, and every evaluation set under its name."""
-    from eaft_megatron.launch.report import read_run
+    from eaft_megatron.launch.curves import read_run
 
     ours = {name: _curve(index + 1) for index, name in enumerate(METRICS)}
     _write(tmp_path / "ours" / "tensorboard", {**ours, "grad norm": {1: 2.0}, "held out lm loss": {0: 3.0, 20: 2.0}})
@@ -46,7 +46,7 @@ def test_both_writers_curves_are_found(tmp_path):
 
 def test_a_resumed_runs_later_values_count(tmp_path):
     """Iterations 3 and 4 were made twice, after a power loss."""
-    from eaft_megatron.launch.report import read_run
+    from eaft_megatron.launch.curves import read_run
 
     _write(tmp_path, {"lm loss": {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}}, filename_suffix=".a")
     _write(tmp_path, {"lm loss": {3: 3.0, 4: 4.0, 5: 5.0}}, filename_suffix=".b")

@@ -13,6 +13,7 @@ from eaft_megatron.analysis.landscape import quadrant_of, summarize
 from eaft_megatron.analysis.plots import draw_gates, draw_plane
 from eaft_megatron.analysis.tokens import read_tokens
 from eaft_megatron.data.prepared import PreparedData
+from eaft_megatron.files import write_text
 
 PLANE, GATES, SUMMARY, PAGE = "landscape.png", "gates.png", "summary.json", "index.html"
 
@@ -59,8 +60,7 @@ def write_landscape(
     output.mkdir(parents=True, exist_ok=True)
     draw_plane(tokens, summary, output / PLANE)
     draw_gates(summary, output / GATES)
-    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
-    (output / SUMMARY).write_text(text + "\n", encoding="utf-8")
+    write_text(output / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     rows = sample_rows(tokens, conflict, samples)
     shown = [page_sample(data, tokenizer, row, summary["thresholds"]) for row in rows]
     write_page(output / PAGE, summary, shown, [output / PLANE, output / GATES])

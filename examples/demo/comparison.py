@@ -1,6 +1,6 @@
 """Put two training runs side by side: a table on the terminal and a picture.
 
-    python examples/demo/report.py --sft RUN_DIR --eaft RUN_DIR --output DIR
+    python examples/demo/comparison.py --sft RUN_DIR --eaft RUN_DIR --output DIR
 
 Reads the metrics.jsonl of each run folder: rows of training iterations, and rows of the evaluation sets "target"
 and "general" at the first and the last iteration. It shows what was measured and draws no conclusion.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from eaft_megatron.data.jsonl import read_jsonl
+from eaft_megatron.files import replacing
 
 LOSS = "lm loss"
 EVAL_SETS = ("target", "general")
@@ -96,7 +97,8 @@ def draw(runs: list[Run], path: Path) -> None:
     _draw_training(left.subplots(), runs)
     _draw_before_after(middle.subplots(1, len(EVAL_SETS)), runs)
     _draw_statistics(right.subplots(len(STATISTICS), 1, sharex=True), runs)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130)
     plt.close(figure)
 
 

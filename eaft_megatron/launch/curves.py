@@ -10,6 +10,8 @@ import re
 import time
 from pathlib import Path
 
+from eaft_megatron.checkpoint_files import TRACKER
+from eaft_megatron.files import replacing
 from eaft_megatron.hooks.metrics import METRICS
 
 Curve = dict[int, float]
@@ -74,7 +76,7 @@ def read_run(folder: str | Path) -> Run:
                 break
     if not training:
         raise ValueError(f"{folder}: events, but none of {', '.join(METRICS)} among them")
-    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    tracker = folder / "checkpoints" / TRACKER
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return Run(folder, training, validation, latest, int(text) if text.isdigit() else None)
 
@@ -96,8 +98,8 @@ def _scalars(folder: Path) -> tuple[dict[str, Curve], float]:
         events.Reload()
         points = [(tag, e.step, e.wall_time, e.value) for tag in events.Tags()[SCALARS] for e in events.Scalars(tag)]
         for tag in events.Tags()[TENSORS]:  # add_scalar of newer writers
-            found = ((e, make_ndarray(e.tensor_proto)) for e in events.Tensors(tag))
-            points += [(tag, e.step, e.wall_time, float(value)) for e, value in found if value.size == 1]
+            arrays = ((e, make_ndarray(e.tensor_proto)) for e in events.Tensors(tag))
+            points += [(tag, e.step, e.wall_time, float(value)) for e, value in arrays if value.size == 1]
         for tag, step, when, value in points:
             newest[tag, step] = max(newest.get((tag, step), (0.0, 0.0)), (when, value), key=lambda pair: pair[0])
     curves: dict[str, Curve] = {}
@@ -151,6 +153,5 @@ def draw(runs: list[Run], path: Path) -> None:
             axes.text(0.5, 0.5, "not logged", ha="center", transform=axes.transAxes, color="gray")
         elif axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def report(load_demo):
-    return load_demo("report")
+    return load_demo("comparison")
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_demo_runs_every_step_in_order(demo, tmp_path, monkeypatch, capsys):
         assert command[command.index("--input") + 1] == str(tmp_path / f"{name}.jsonl")
         assert command[command.index("--output") + 1] == str(tmp_path / name)
     assert eaft[eaft.index("--sft-data") + 1] == str(tmp_path / "bfcl_train")
-    assert table[1].endswith("report.py")
+    assert table[1].endswith("comparison.py")
     assert eaft[eaft.index("--loss-type") + 1] == "eaft"
     assert sft[sft.index("--loss-type") + 1] == "sft"
     assert eaft[-1] == "--bf16"
