@@ -19,7 +19,7 @@ from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
 from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
 from eaft_megatron.loss.linear_inputs import LinearInputs, logits_like
 from eaft_megatron.loss.options import EAFTLinearOptions, LinearOptions, LossOptions
-from eaft_megatron.loss.passes import apply_gate, loss_and_stats, start_statistics, write_gradient
+from eaft_megatron.loss.passes import apply_gate, differentiable_once, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.token_stats import TokenStats
 
 if TYPE_CHECKING:
@@ -41,6 +41,12 @@ def vocab_parallel_linear_eaft_loss(
 def vocab_parallel_linear_eaft_loss(
     hidden: Tensor, weight: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[EAFTLinearOptions]
 ) -> tuple[Tensor, TokenStats]: ...
+
+
+@overload
+def vocab_parallel_linear_eaft_loss(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[EAFTLinearOptions]
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_linear_eaft_loss(
@@ -189,7 +195,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
         inputs, plan = ctx.inputs, ctx.inputs.plan

@@ -5,9 +5,11 @@ The autograd functions of vocab_parallel.py (whole logits) and linear.py (logits
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from eaft_megatron.loss import torch_impl
@@ -122,6 +124,33 @@ def write_gradient(
     # An ignored token's gradient is zero even where its upstream gradient is not a number.
     slope = (slope * upstream).masked_fill(plan.ignored(target), 0)
     torch_impl.write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, out, spans=spans)
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorator of an autograd function's backward: to differentiate what it returns is an error.
+
+    Unlike torch's ``once_differentiable`` also where the upstream gradient requires none, as that of ``loss.sum()``.
+    """
+
+    @functools.wraps(backward)
+    def guarded(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # it is with create_graph=True
+            return gradients
+        return tuple(g if g is None else _NoSecondDerivative.apply(g.detach().requires_grad_()) for g in gradients)
+
+    return guarded
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError("this loss can be differentiated once: its gradient was computed without a graph")
 
 
 def _token_stats(statistics: Statistics, target: Tensor, keep: Tensor | None, plan: Plan) -> TokenStats:

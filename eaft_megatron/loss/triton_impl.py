@@ -99,6 +99,8 @@ def write_gradient(
         )
     if written is not out:
         out.copy_(written)
+    # A kernel's writes are unknown to autograd, which would go on to use what the logits no longer hold.
+    torch.autograd.graph.increment_version(out)
 
 
 def _with_contiguous_columns(rows: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ from torch import Tensor
 from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs, make_plan
 from eaft_megatron.loss.options import EAFTLogitsOptions, LogitsOptions, LossOptions
-from eaft_megatron.loss.passes import apply_gate, compute_entropy, loss_and_stats, start_statistics, write_gradient
+from eaft_megatron.loss.passes import (
+    apply_gate,
+    compute_entropy,
+    differentiable_once,
+    loss_and_stats,
+    start_statistics,
+    write_gradient,
+)
 from eaft_megatron.loss.plan import Plan
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.torch_impl import spans_of
@@ -34,6 +41,12 @@ def vocab_parallel_eaft_loss(
 def vocab_parallel_eaft_loss(
     vocab_parallel_logits: Tensor, target: Tensor, *, return_stats: Literal[True], **options: Unpack[EAFTLogitsOptions]
 ) -> tuple[Tensor, TokenStats]: ...
+
+
+@overload
+def vocab_parallel_eaft_loss(
+    vocab_parallel_logits: Tensor, target: Tensor, *, return_stats: bool, **options: Unpack[EAFTLogitsOptions]
+) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
 def vocab_parallel_eaft_loss(
@@ -61,7 +74,8 @@ def vocab_parallel_eaft_loss(
         vocab_size: true vocabulary; columns beyond it are padding and never read. None (default): every column counts.
         ignore_index: target value of tokens that do not count, -100: loss 0, gradient 0, whatever their logits hold.
         inplace_backward: let the backward pass write the gradient over the logits' storage. The logits are then
-            lost; a second backward through them raises.
+            lost; a second backward, or that of another use of them, raises. Logits that share memory among
+            themselves (``expand``) are left alone.
         impl: "auto" (default) for the GPU kernels wherever they can run, "triton" or "torch" for one of the two (see
             :func:`eaft_megatron.loss.implementation.choose_triton`). float64 logits are always plain torch's.
         exchange: "packed" (default: one all-gather of K + 2 numbers a token, the logits among them in their own
@@ -206,10 +220,16 @@ class _TokenLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
-        gradient = rows.detach() if ctx.inplace else torch.empty_like(rows)
+        gradient = rows.detach() if ctx.inplace and not _overlaps_itself(rows) else torch.empty_like(rows)
         upstream = grad_loss if keep is None else grad_loss[keep]
         write_gradient(rows, target, maximum, sum_exp, slope, upstream, ctx.plan, gradient, spans=ctx.spans)
         return gradient, None, None, None, None, None
+
+
+def _overlaps_itself(rows: Tensor) -> bool:
+    """Whether two elements of ``[N, V]`` may lie in one place, as in an expanded tensor: no room for two gradients."""
+    (step, count), (stride, number) = sorted(zip(rows.stride(), rows.shape, strict=True))
+    return (step == 0 and count > 1) or (number > 1 and stride <= step * (count - 1))
