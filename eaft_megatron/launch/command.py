@@ -11,6 +11,7 @@ from pathlib import Path
 from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.launch.recipe import Recipe, loss_keys
+from eaft_megatron.launch.time_limit import check_time
 from eaft_megatron.models.hf_config import architecture_of
 from eaft_megatron.models.pretrain_flags import pretrain_flags
 
@@ -71,6 +72,7 @@ def data_parallel_size(recipe: Recipe) -> int:
 
 
 def _check(recipe: Recipe) -> None:
+    check_time(recipe.slurm)
     stretch = recipe.optimization.micro_batch_size * data_parallel_size(recipe)
     if stretch < 1 or recipe.optimization.global_batch_size % stretch:
         raise ValueError(

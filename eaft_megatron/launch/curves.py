@@ -97,9 +97,10 @@ def _scalars(folder: Path) -> tuple[dict[str, Curve], float]:
         events = EventAccumulator(str(parent), size_guidance={SCALARS: 0, TENSORS: 0}, purge_orphaned_data=False)
         events.Reload()
         points = [(tag, e.step, e.wall_time, e.value) for tag in events.Tags()[SCALARS] for e in events.Scalars(tag)]
-        for tag in events.Tags()[TENSORS]:  # add_scalar of newer writers
+        for tag in events.Tags()[TENSORS]:  # numbers of newer writers; Megatron-LM writes each of its flags as a text
             arrays = ((e, make_ndarray(e.tensor_proto)) for e in events.Tensors(tag))
-            points += [(tag, e.step, e.wall_time, float(value)) for e, value in arrays if value.size == 1]
+            numbers = ((e, value) for e, value in arrays if value.size == 1 and value.dtype.kind in "biuf")
+            points += [(tag, e.step, e.wall_time, value.item()) for e, value in numbers]
         for tag, step, when, value in points:
             newest[tag, step] = max(newest.get((tag, step), (0.0, 0.0)), (when, value), key=lambda pair: pair[0])
     curves: dict[str, Curve] = {}

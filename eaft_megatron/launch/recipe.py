@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eaft_megatron.hooks.settings import loss_options
+from eaft_megatron.launch.yaml_text import as_written, load_yaml, plain
 from eaft_megatron.methods import Option
 
 
@@ -107,7 +108,12 @@ class Log:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slurm:
-    """What the batch script asks of Slurm. ``options`` are further #SBATCH lines, as they stand after the word."""
+    """What the batch script asks of Slurm.
+
+    Attributes:
+        time: the limit, in any of Slurm's forms (minutes, HH:MM:SS, D-HH, ...), longer than ``save_seconds``.
+        options: further #SBATCH lines, as they stand after the word.
+    """
 
     time: str = "24:00:00"
     partition: str | None = None
@@ -178,7 +184,7 @@ def read_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     if not path.is_file():
         raise ValueError(f"no such recipe: {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -194,8 +200,6 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 
 def _override(values: dict, override: str) -> None:
-    import yaml
-
     key, separator, text = override.partition("=")
     if not separator or not all(key.split(".")):
         raise ValueError(f"--set takes section.key=value, got {override!r}")
@@ -204,7 +208,7 @@ def _override(values: dict, override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {section} is no section")
-    values[last] = yaml.safe_load(text)
+    values[last] = load_yaml(text)
 
 
 def _build(kind: type, values: Any, where: str, source: str) -> Any:
@@ -281,24 +285,20 @@ def _value(hint: Any, value: Any, where: str, source: str) -> Any:
         except (TypeError, ValueError):
             pass
     elif hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    elif (
-        hint is int
-        and isinstance(value, int)
-        and not isinstance(value, bool)
-        or hint is bool
-        and isinstance(value, bool)
-    ):
+        return as_written(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    elif hint is bool and isinstance(value, bool):
         return value
     elif origin is list and isinstance(value, list):
         return [_value(arguments[0], item, f"{where}[{index}]", source) for index, item in enumerate(value)]
     elif origin is dict and isinstance(value, dict):
         item = arguments[1]
         return {
-            str(key): entry if item is Any else _value(item, entry, _join(where, key), source)
+            as_written(key): plain(entry) if item is Any else _value(item, entry, _join(where, key), source)
             for key, entry in value.items()
         }
-    raise ValueError(f"{source}: {where} must be {_said(hint)}, got {value!r}")
+    raise ValueError(f"{source}: {where} must be {_said(hint)}, got {plain(value)!r}")
 
 
 def _said(hint: Any) -> str:

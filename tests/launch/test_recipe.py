@@ -11,6 +11,7 @@ import yaml
 from eaft_megatron.launch.command import build_command
 from eaft_megatron.launch.folder import resolved, write_run_folder
 from eaft_megatron.launch.recipe import read_recipe, to_dict
+from eaft_megatron.launch.time_limit import limit_seconds
 from eaft_megatron.models.pretrain_flags import pretrain_flags
 
 CONFIG = {
@@ -94,6 +95,50 @@ def test_a_slip_is_named_with_the_way_out(recipe, override, message):
 def test_numbers_as_yaml_and_people_write_them(recipe):
     """YAML reads 1e-5 as a text, and 1 is a number too."""
     assert read_recipe(recipe, ["optimization.lr=1e-5", "optimization.epochs=1"]).optimization.lr == 1e-5
+
+
+def test_a_text_is_what_was_typed(recipe):
+    """YAML 1.1 would make 86400 of 24:00:00, 3600 of 1:00:00, 83 of 0123 and 1.1 of 1.10."""
+    text = recipe.read_text()
+    recipe.write_text(
+        text + "slurm: {time: 24:00:00, account: 0123, exclude: 1e3}\n"
+        "environment: {VERSION: 1.10, MASK: 0x6A, SPAN: 1:30, MANY: 1_000}\n"
+    )
+    read = read_recipe(recipe)
+    assert (read.slurm.time, read.slurm.account, read.slurm.exclude) == ("24:00:00", "0123", "1e3")
+    assert read.environment == {"VERSION": "1.10", "MASK": "0x6A", "SPAN": "1:30", "MANY": "1_000"}
+    assert read_recipe(recipe, ["slurm.time=1:00:00"]).slurm.time == "1:00:00"
+    resolved_text = yaml.safe_dump(to_dict(read))
+    recipe.write_text(resolved_text)
+    assert read_recipe(recipe) == read
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("1-12", 129600), ("1-12:30", 131400), ("2-0:0:5", 172805)],
+)
+def test_time_limits_as_slurm_reads_them(text, seconds):
+    """The forms that man sbatch lists under --time."""
+    assert limit_seconds(text) == seconds
+    assert limit_seconds("UNLIMITED") is None
+
+
+WRONG_TIMES = {
+    ("slurm.time=10",): "slurm.time 10 is 600 seconds, and slurm.save_seconds asks the ranks to save 600 seconds",
+    ("slurm.time=1:00",): "slurm.time 1:00 is 60 seconds",
+    ("slurm.time=one day",): "slurm.time must be minutes, MINUTES:SECONDS, HH:MM:SS",
+    ("slurm.save_seconds=0",): "slurm.save_seconds must be >= 1",
+    ("slurm.options=[--time=5]",): "slurm.options: --time=5 is set by the recipe itself",
+    ("slurm.options=[-t 5]",): "slurm.options: -t 5 is set by the recipe itself",
+    ("slurm.options=[--signal=B:USR2@60]",): "slurm.options: --signal",
+}
+
+
+@pytest.mark.parametrize("overrides, message", WRONG_TIMES.items())
+def test_a_job_that_would_be_over_before_it_starts_is_refused(recipe, overrides, message):
+    with pytest.raises(ValueError) as raised:
+        build_command(read_recipe(recipe, list(overrides)))
+    assert message in str(raised.value)
 
 
 def test_the_resolved_recipe_reads_back(recipe, tmp_path):

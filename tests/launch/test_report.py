@@ -44,6 +44,23 @@ def test_both_writers_curves_are_found(tmp_path):
     assert second.validation == {"validation": {20: 5.0}, "general": {20: 6.0}, "target": {20: 7.0}}
 
 
+def test_flags_logged_as_texts_and_other_kinds_are_passed_over(tmp_path):
+    """Megatron-LM calls add_text for each of its hundreds of flags, some of them numbers; add_histogram may be there."""
+    import torch
+    from torch.utils.tensorboard import SummaryWriter
+
+    from eaft_megatron.launch.curves import read_run
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_text("lr", "1e-05", 0)
+        writer.add_text("lm loss", "7", 0)
+        writer.add_text("sft_data", "None", 0)
+        writer.add_histogram("weights", torch.arange(5.0), 1)
+        writer.add_scalar("lm loss", 2.5, 1)
+        writer.add_scalar("eaft loss", 1.5, 1, new_style=True)  # a tensor, as newer writers have it
+    assert read_run(tmp_path).training == {"lm loss": {1: 2.5}, "eaft loss": {1: 1.5}}
+
+
 def test_a_resumed_runs_later_values_count(tmp_path):
     """Iterations 3 and 4 were made twice, after a power loss."""
     from eaft_megatron.launch.curves import read_run
