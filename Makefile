@@ -42,13 +42,15 @@ demo: $(VENV)/.demo
 forgetting: $(VENV)/.demo
 	$(BIN)/python examples/forgetting/experiment.py --output $(FORGETTING_DIR) $(FORGETTING_FLAGS)
 
-# Wall, user and system seconds of the tests and all their processes come last.
+# Wall, user and system seconds of the tests and all their processes come last. CI set in the environment: a skip whose
+# reason tests/allowed_skips.py does not list fails them.
+CHECK_SKIPS = $(if $(CI),--check-skips)
 test test-all: SHELL = /bin/bash
 test: $(VENV)/.dev
-	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(CHECK_SKIPS)
 
 test-all: $(VENV)/.dev
-	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHECK_SKIPS)
 
 # Not part of .ci/run: python3.12 is not everywhere, and its torch brings 6 GB of CUDA libraries.
 WHEEL_VENV ?= .venv-megatron-training

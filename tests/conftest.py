@@ -5,6 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests import skips
+from tests.allowed_skips import ALLOWED_SKIPS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    skips.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    skips.register(config, ALLOWED_SKIPS)
+
 
 @pytest.fixture(autouse=True)
 def _environment_ends_with_the_test() -> Iterator[None]:
