@@ -3,7 +3,8 @@
 # make test       the tests, without the slow ones
 # make test-all   all of them, as .ci/run does
 # make lint       ruff and mypy
-# make test-megatron-training   megatron-core 0.19.2 and the training loop in its wheel: Python 3.12, CUDA build of torch
+# make test-loss  the loss's tests with torch alone: make test-loss LOSS_PYTHON=python3.13 LOSS_VENV=.venv-313
+# make test-megatron-training   Python 3.12, megatron-core 0.19.2 and the training loop in its wheel, on its production path
 #
 # Everything happens in .venv. Another interpreter: make PYTHON=python3.12. An environment of your own, with torch
 # and the rest already in it: make VENV=/path/to/it (nothing that satisfies the requirements is replaced).
@@ -18,7 +19,7 @@ FORGETTING_FLAGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo forgetting test test-all test-megatron-training lint clean
+.PHONY: demo forgetting test test-all test-megatron-training test-megatron-training-slow test-loss lint clean
 
 # A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
 # CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
@@ -52,17 +53,35 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHECK_SKIPS)
 
-# Not part of .ci/run: python3.12 is not everywhere, and its torch brings 6 GB of CUDA libraries.
+# The newest megatron-core needs Python 3.12 and holds the training loop. torch comes as its CUDA build (5.4 GB on disk,
+# three to five minutes), which runs on the CPU too.
 WHEEL_VENV ?= .venv-megatron-training
+WHEEL_PYTHON ?= $(shell .ci/python 3.12)
+WHEEL_MEGATRON ?= megatron-core==0.19.2
+WHEEL_TESTS ?= tests/loss tests/hooks tests/testing
 $(WHEEL_VENV)/.done: pyproject.toml
-	test -x $(WHEEL_VENV)/bin/python || python3.12 -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) megatron-core==0.19.2 \
-	  psutil six pybind11 einops "pytest>=8" "pytest-timeout>=2.3" "transformers>=4.51"
-	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	test -x $(WHEEL_VENV)/bin/python || $(WHEEL_PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$(WHEEL_MEGATRON)" \
+	  --editable ".[dev]"
 	touch $@
 
 test-megatron-training: $(WHEEL_VENV)/.done
-	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -m pytest tests/hooks
+	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -m pytest -m "not slow" $(WHEEL_TESTS)
+
+test-megatron-training-slow: $(WHEEL_VENV)/.done
+	OMP_NUM_THREADS=1 $(WHEEL_VENV)/bin/python -m pytest tests/hooks/test_production_layouts.py -m slow
+
+# The loss needs torch alone: its tests on another Python, in an environment without megatron-core. A minute to install.
+LOSS_PYTHON ?= $(PYTHON)
+LOSS_VENV ?= .venv-loss
+$(LOSS_VENV)/.done: pyproject.toml
+	test -x $(LOSS_VENV)/bin/python || $(LOSS_PYTHON) -m venv $(LOSS_VENV)
+	$(LOSS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" --editable . \
+	  "pytest>=8" "pytest-timeout>=2.3" "hypothesis>=6.100" numpy
+	touch $@
+
+test-loss: $(LOSS_VENV)/.done
+	OMP_NUM_THREADS=1 $(LOSS_VENV)/bin/python -m pytest -m "not slow" tests/loss tests/test_import_boundaries.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -70,4 +89,4 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(WHEEL_VENV) $(DEMO_DIR) $(FORGETTING_DIR) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(WHEEL_VENV) $(LOSS_VENV) $(DEMO_DIR) $(FORGETTING_DIR) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

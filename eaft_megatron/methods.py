@@ -107,7 +107,7 @@ EAFT_GATES: dict[str, Method] = {
     ),
     "threshold": Method(
         gates.ThresholdGate,
-        "1 where h is above `--eaft-threshold`, or not below the `--eaft-percentile`",
+        "1 where h is above `--eaft-threshold`, or above the `--eaft-percentile`",
         (
             _ENTROPY_NORM,
             Option("threshold", "--eaft-threshold", "threshold gate: train where h > H", metavar="H"),

@@ -158,11 +158,10 @@ class SigmoidGate(EntropyGate):
 
 @dataclasses.dataclass(frozen=True)
 class ThresholdGate(EntropyGate):
-    """EAFT's hard gate, "masked SFT": ``w = 1[h > threshold]``, or 0 below a percentile (arXiv 2601.02151).
+    """EAFT's hard gate, "masked SFT": ``w = 1[h > threshold]`` (arXiv 2601.02151).
 
     Give one of the two. The paper uses the 15th percentile and does not say of what; ours is that of the valid tokens
-    of one micro-batch over ``reduce_group``, linearly interpolated. Tokens that lie on it count: of tokens that tie
-    none is dropped.
+    of one micro-batch over ``reduce_group``, linearly interpolated.
 
     Attributes:
         threshold: on h.
@@ -193,7 +192,7 @@ class ThresholdGate(EntropyGate):
             return (h > self.threshold).to(h.dtype)
         assert self.percentile is not None
         (limit,) = batch_quantile([h], stats.valid, self.percentile / 100, context.reduce_group)
-        return (h >= limit).to(h.dtype)
+        return (h > limit).to(h.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eaft_megatron.loss.gates import Gate, GateContext, GateOutput
 from eaft_megatron.loss.implementation import choose_triton
-from eaft_megatron.loss.plan import Plan, Shard, checked_integer, group_rank_and_size
+from eaft_megatron.loss.plan import Plan, Shard, group_rank_and_size
 from eaft_megatron.loss.token_stats import TokenStats
 
 BoundGate = Callable[[TokenStats], GateOutput]
@@ -73,7 +73,6 @@ def make_plan(
         raise ValueError(f"logits must be bfloat16, float16, float32 or float64, got {logits.dtype}")
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must be [..., V_local] with V_local >= 1, got shape {tuple(logits.shape)}")
-    topk, ignore_index = checked_integer("topk (--eaft-topk)", topk), checked_integer("ignore_index", ignore_index)
     if topk < 1:
         raise ValueError(f"topk (--eaft-topk) must be >= 1, got {topk}")
     if exchange not in ("packed", "split"):
@@ -82,7 +81,6 @@ def make_plan(
     columns = logits.shape[-1]
     if vocab_size is None:
         vocab_size = columns * size
-    vocab_size = checked_integer("vocab_size (--true-vocab-size)", vocab_size)
     if not 1 <= vocab_size <= columns * size:
         raise ValueError(
             f"vocab_size (--true-vocab-size) must lie in [1, {columns * size}], what {size} shard(s) of {columns} "
@@ -135,7 +133,6 @@ def _gate_context(
     reduce_group: dist.ProcessGroup | None,
 ) -> GateContext:
     """The gate's extra inputs, checked against the target's shape and flattened."""
-    group_rank_and_size(reduce_group)  # raises where this process is not in it
     columns = dict(side)
     if sequence_ids is not None:
         if sequence_ids.dtype != torch.int64:

@@ -17,7 +17,7 @@ from eaft_megatron.loss.exchange import Statistics, compute_dtype
 from eaft_megatron.loss.gates import EAFTGate, Gate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
 from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
-from eaft_megatron.loss.linear_inputs import LinearInputs, cast_as_autocast_does, logits_like
+from eaft_megatron.loss.linear_inputs import LinearInputs, logits_like
 from eaft_megatron.loss.options import EAFTLinearOptions, LinearOptions, LossOptions
 from eaft_megatron.loss.passes import apply_gate, differentiable_once, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.token_stats import TokenStats
@@ -49,7 +49,6 @@ def vocab_parallel_linear_eaft_loss(
 ) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
-@torch.compiler.disable
 def vocab_parallel_linear_eaft_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -78,7 +77,7 @@ def vocab_parallel_linear_eaft_loss(
         hidden: ``[..., H]`` bf16, fp16, fp32 or fp64, the same on every rank of ``group``; with
             ``sequence_parallel`` this rank's slice of the first dimension.
         weight: ``[V_local, H]`` of the same dtype: this rank's rows of the output layer, or of the embedding tied to
-            it. The layer has no bias. Under autocast both are cast as a linear layer casts them.
+            it. The layer has no bias.
         target: ``[...]`` int64 global ids, or ``ignore_index``, of all tokens; the same on every rank of ``group``.
         chunk_tokens: tokens per chunk, 4096. Larger is faster up to a few thousand, smaller takes less memory.
         sequence_parallel: ``hidden`` is a slice of the sequence: gathered here, and its gradient reduce-scattered.
@@ -140,7 +139,6 @@ def vocab_parallel_linear_token_loss(
 ) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
-@torch.compiler.disable
 def vocab_parallel_linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -162,7 +160,6 @@ def vocab_parallel_linear_token_loss(
     ``gate``, ``side``, ``sequence_ids`` and ``reduce_group`` are those of
     :func:`eaft_megatron.vocab_parallel_token_loss`; the rest is as in :func:`vocab_parallel_linear_eaft_loss`.
     """
-    hidden, weight = cast_as_autocast_does(hidden, weight, gradient_accumulation_fusion)
     logits = logits_like(hidden, weight, target, options.get("group"), sequence_parallel)
     plan, bound_gate = check_loss_inputs(logits, target, gate, return_stats=return_stats, **options)
     inputs = LinearInputs(

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.exchange import all_gather_rows
-from eaft_megatron.loss.plan import Plan, checked_integer, group_rank_and_size
+from eaft_megatron.loss.plan import Plan, group_rank_and_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,7 @@ class LinearInputs:
 
     def check(self, weight: Tensor, drop_ignored: bool | None) -> None:
         """``ValueError`` for an option that cannot be; ``drop_ignored`` as the caller gave it."""
-        checked_integer("max_valid", self.max_valid or 0)
-        if checked_integer("chunk_tokens", self.chunk_tokens) < 1:
+        if self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be >= 1, got {self.chunk_tokens}")
         if not math.isfinite(self.logits_scale):
             raise ValueError(f"logits_scale must be finite, got {self.logits_scale}")
@@ -75,24 +74,6 @@ class LinearInputs:
             logits = buffer[: part.stop - begin]
             logits.addmm_(hidden, weight.t(), beta=0, alpha=self.logits_scale)
             yield part, hidden, logits
-
-
-def cast_as_autocast_does(hidden: Tensor, weight: Tensor, keeps_weight: bool) -> tuple[Tensor, Tensor]:
-    """The operands of the output layer in the dtype that a linear layer would take them in under ``torch.autocast``.
-
-    Raises:
-        ValueError: with ``keeps_weight`` (its gradient goes into ``main_grad``), if that would be a copy of the weight.
-    """
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight
-    dtype = torch.get_autocast_dtype(device)
-    if keeps_weight and weight.dtype != dtype:
-        raise ValueError(
-            f"gradient_accumulation_fusion: under autocast the {weight.dtype} weight would be used as a {dtype} copy, "
-            "which has no main_grad. Leave the fusion off, or call the loss with autocast disabled"
-        )
-    return hidden.to(dtype), weight.to(dtype)
 
 
 def logits_like(

@@ -76,8 +76,6 @@ def apply_gate(
     """
     stats = _token_stats(statistics, target, keep, plan)
     loss, slope, weight = gate(stats)
-    # Their loss is NaN; a finite gradient would go on training as if it were not.
-    slope = slope.masked_fill(plan.outside_vocabulary(target), float("nan"))
     extra = (stats.ce, stats.entropy, weight, stats.valid, stats.sum_p_squared)
     ctx.mark_non_differentiable(*(tensor for tensor in extra if tensor is not None))
     # A gate may return a tensor of the statistics as its loss; that one was just marked as having no gradient.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 
 import torch.distributed as dist
 from torch import Tensor
@@ -69,28 +68,7 @@ class Plan:
 
 
 def group_rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """``(rank, size)`` in the group; ``(0, 1)`` for None, which here means "not sharded" and not "the world".
-
-    Raises:
-        ValueError: a DeviceMesh or whatever else is no process group, or a group that this process is not in.
-    """
+    """``(rank, size)`` in the group; ``(0, 1)`` for None, which here means "not sharded" and not "the world"."""
     if group is None:
         return 0, 1
-    outsider = group == dist.GroupMember.NON_GROUP_MEMBER
-    if not outsider and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"a group must be a ProcessGroup or None (of a DeviceMesh: mesh.get_group()), got {group!r}")
-    rank = -1 if outsider else dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(
-            f"rank {dist.get_rank()} is not in the process group it was given: give every rank the group that it "
-            "belongs to"
-        )
-    return rank, dist.get_world_size(group)
-
-
-def checked_integer(name: str, value: int) -> int:
-    """``value`` as an int; ``ValueError`` for 2.5, and for 2.0 as well."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    return dist.get_rank(group), dist.get_world_size(group)

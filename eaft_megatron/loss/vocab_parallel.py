@@ -49,7 +49,6 @@ def vocab_parallel_eaft_loss(
 ) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
-@torch.compiler.disable
 def vocab_parallel_eaft_loss(
     vocab_parallel_logits: Tensor,
     target: Tensor,
@@ -63,7 +62,6 @@ def vocab_parallel_eaft_loss(
 
     The equation is that of arXiv 2601.02151, section 3; the K largest logits are those of the whole vocabulary, on
     however many ranks it lies. Reduce the result as you would reduce a cross entropy (never by the sum of weights).
-    In a function given to ``torch.compile`` the loss runs as it is, between two graphs; ``fullgraph=True`` raises.
 
     Args:
         vocab_parallel_logits: ``[..., V_local]`` bf16, fp16, fp32 or fp64: this rank's columns, the same number on
@@ -136,7 +134,6 @@ def vocab_parallel_token_loss(
 ) -> Tensor | tuple[Tensor, TokenStats]: ...
 
 
-@torch.compiler.disable
 def vocab_parallel_token_loss(
     vocab_parallel_logits: Tensor,
     target: Tensor,
@@ -170,7 +167,6 @@ def vocab_parallel_token_loss(
     return loss_and_stats(outputs, target.shape, plan, return_stats)
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def vocab_parallel_topk_entropy(
     vocab_parallel_logits: Tensor,

@@ -73,13 +73,20 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The caller's side. `matches` says whether a child of this server is what a fresh interpreter would be."""
+    """The caller's side. `matches` says whether a child of this server is what a fresh interpreter would be.
 
-    def __init__(self) -> None:
+    preload: a module-level function that does other imports than `_PRELOADED` in the server.
+    """
+
+    def __init__(self, preload: Callable[[], Any] | None = None) -> None:
         self._owner, self._environment = os.getpid(), server_environment()
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  the server writes there as long as it lives
         self._socket, other = socket.socketpair()
-        serve = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({other.fileno()})"
+        imports = preload or _preload
+        serve = (
+            f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; "
+            f"from {imports.__module__} import {imports.__name__} as preload; serve({other.fileno()}, preload)"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-c", serve],
             env=self._environment,
@@ -163,9 +170,11 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 # ---- the server's side ---------------------------------------------------------------------------------------------
 
 
-def serve(fd: int) -> None:
+def serve(fd: int, preload: Callable[[], Any]) -> None:
     """Import, then fork for every request until the caller is gone."""
-    _preload()
+    preload()
+    if (count := len(os.listdir("/proc/self/task"))) > 1:
+        raise RuntimeError(f"an import has started {count - 1} threads, which no child would have")
     requests = socket.socket(fileno=fd)
     woken, waker = socket.socketpair()
     for end in (woken, waker):
@@ -213,7 +222,10 @@ def _preload() -> None:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if torch.version.cuda is None and torch.version.hip is None and importlib.util.find_spec("megatron.core"):
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+            "1"  # asks for a GPU without starting CUDA, which no fork survives
+        )
+        if not torch.cuda.is_available() and importlib.util.find_spec("megatron"):
             from eaft_megatron.testing.cpu import cpu_standins
 
             with cpu_standins():
@@ -221,8 +233,6 @@ def _preload() -> None:
         for name in _PRELOADED:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-    if (count := len(os.listdir("/proc/self/task"))) > 1:
-        raise RuntimeError(f"an import has started {count - 1} threads, which no child would have")
 
 
 def _be_child(request: bytes, connection: socket.socket) -> None:

@@ -185,5 +185,7 @@ def test_a_missing_script_or_megatron_is_said(tmp_path):
     done = start(script=tmp_path / "nowhere.py")
     assert done.returncode == 1 and "no such script" in done.stderr
     (tmp_path / "alone.py").write_text("")
+    (tmp_path / "megatron").mkdir()  # a package without `training`, whatever is installed
+    (tmp_path / "megatron" / "__init__.py").write_text("")
     done = start(script=tmp_path / "alone.py")
     assert done.returncode == 1 and "must lie in a Megatron-LM checkout" in done.stderr

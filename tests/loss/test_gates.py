@@ -97,7 +97,7 @@ def _expected(name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torc
     elif name == "threshold":
         w = (h > 0.5).double()
     elif name == "percentile":
-        w = (h >= np.percentile(h[valid].numpy(), 15.0)).double()
+        w = (h > np.percentile(h[valid].numpy(), 15.0)).double()
     elif name == "conflict mask":
         low_h = entropy < np.percentile(entropy[valid].numpy(), gate.percentile)
         low_p = p < np.percentile(p[valid].numpy(), gate.percentile)

@@ -19,17 +19,23 @@ import torch
 
 from eaft_megatron.testing.te_standin.modules import ROOTS, Finder
 
+_active = False
+
 
 @contextlib.contextmanager
 def transformer_engine_standin() -> Iterator[None]:
     """Within the block ``import transformer_engine`` finds the stand-in, a real one installed or not.
 
     megatron-core looks for Transformer Engine when it is imported, and keeps what it found: enter the block first, in
-    a process that does nothing else afterwards.
+    a process that does nothing else afterwards. A block within a block changes nothing.
 
     Raises:
         RuntimeError: CUDA is available, or megatron-core or a Transformer Engine is imported already.
     """
+    global _active
+    if _active:
+        yield
+        return
     if torch.cuda.is_available():
         raise RuntimeError("the Transformer Engine stand-in is for machines without CUDA: install the real one here")
     for name in (*ROOTS, "megatron.core"):
@@ -40,9 +46,11 @@ def transformer_engine_standin() -> Iterator[None]:
             )
     finder = Finder()
     sys.meta_path.insert(0, finder)
+    _active = True
     try:
         yield
     finally:
+        _active = False
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] in ROOTS]:
             del sys.modules[name]
