@@ -3,6 +3,7 @@
 # make test       the tests, without the slow ones
 # make test-all   all of them, as .ci/run does
 # make lint       ruff and mypy
+# make check-megatron MEGATRON_LM_PATH=CLONE [TAG=core_v0.20.0]   what we use of Megatron, in the source of each release
 # make test-loss  the loss's tests with torch alone: make test-loss LOSS_PYTHON=python3.13 LOSS_VENV=.venv-313
 # make test-megatron-training   Python 3.12, megatron-core 0.19.2 and the training loop in its wheel, on its production path
 #
@@ -19,7 +20,7 @@ FORGETTING_FLAGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo forgetting test test-all test-megatron-training test-megatron-training-slow test-loss lint clean
+.PHONY: demo forgetting test test-all test-megatron-training test-megatron-training-slow test-loss check-megatron lint clean
 
 # A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
 # CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
@@ -82,6 +83,11 @@ $(LOSS_VENV)/.done: pyproject.toml
 
 test-loss: $(LOSS_VENV)/.done
 	OMP_NUM_THREADS=1 $(LOSS_VENV)/bin/python -m pytest -m "not slow" tests/loss tests/test_import_boundaries.py
+
+# MEGATRON_LM_PATH: a git clone (no checkout needed) with the tags; TAG: one tag, branch or commit instead of all releases.
+check-megatron: $(VENV)/.dev
+	test -n "$(MEGATRON_LM_PATH)" || { echo "MEGATRON_LM_PATH names no clone of Megatron-LM"; exit 2; }
+	MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" $(if $(TAG),MEGATRON_TAG="$(TAG)") $(BIN)/python -m pytest -q tests/test_megatron_map.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import runpy
 import signal
@@ -19,6 +18,7 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
+from eaft_megatron.megatron_map import training_loop_missing
 from eaft_megatron.ranks import world_of_one
 
 _USAGE = "python -m eaft_megatron.run [our options] SCRIPT [the script's flags] [--loss-type eaft ...]"
@@ -101,12 +101,11 @@ def _pass_to_megatron(number: int, frame: FrameType | None) -> None:
 
 
 def _check_megatron() -> None:
-    for name in ("megatron", "megatron.training"):
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"no {name} beside the script or installed: the script must lie in a Megatron-LM checkout, or "
-                "PYTHONPATH name one"
-            )
+    if (name := training_loop_missing()) is not None:
+        raise ValueError(
+            f"no {name} beside the script or installed: the script must lie in a Megatron-LM checkout, or PYTHONPATH "
+            "name one"
+        )
 
 
 def _explain_taken_flag(error: argparse.ArgumentError) -> None:

@@ -41,12 +41,16 @@ def _violations(path: Path) -> list[str]:
 
     if place == "__init__.py":
         bad |= roots & (HOST | {"transformers", "datasets", "yaml"})
-        forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
+        forbid("megatron_map", "hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
+    if place == "megatron_map.py":
+        bad |= roots - set(sys.stdlib_module_names)
     if place.startswith("loss/"):
         bad |= roots - {"torch", "triton", OURS, *sys.stdlib_module_names}
-        forbid("methods", "hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
+        forbid(
+            "megatron_map", "methods", "hooks", "models", "data", "training", "train", "testing", "analysis", "launch"
+        )
     if place == "methods.py":
-        forbid("hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
+        forbid("megatron_map", "hooks", "models", "data", "training", "train", "testing", "analysis", "launch")
     if place.startswith("loss/kernels/"):
         bad |= {name for name in imports if name.startswith("torch.distributed")}
     if place == "loss/reference.py":

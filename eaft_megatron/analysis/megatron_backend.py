@@ -22,7 +22,7 @@ class MegatronTeam(Team):
     """The processes of an initialised ``parallel_state``."""
 
     def __init__(self) -> None:
-        from megatron.core import parallel_state
+        from eaft_megatron.megatron_map import parallel_state
 
         self.leads = dist.get_rank() == 0
         self.writes = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -48,7 +48,7 @@ class MegatronBackend:
     def __init__(
         self, folder: str | Path, dtype: torch.dtype, device: torch.device, transformer_impl: str = "auto"
     ) -> None:
-        from megatron.core import parallel_state
+        from eaft_megatron.megatron_map import parallel_state
 
         hf_config = read_hf_config(folder)
         self.vocab_size = hf_config["vocab_size"]
@@ -77,8 +77,7 @@ class MegatronBackend:
         self, parts: list[Batch], columns: dict[str, int | None], tick: Callable[[int], None]
     ) -> list[dict[str, Tensor]] | None:
         """The columns of each batch, on the CPU: on the last stage's first rank; None on the others."""
-        from megatron.core import parallel_state
-        from megatron.core.pipeline_parallel import get_forward_backward_func
+        from eaft_megatron.megatron_map import get_forward_backward_func, parallel_state
 
         if not parts:
             return []

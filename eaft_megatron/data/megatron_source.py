@@ -74,7 +74,7 @@ class _Provider:
         data = self._source.current
         if data is None:
             return self._original(train_val_test_num_samples, *args, **kwargs)
-        from megatron.core import parallel_state
+        from eaft_megatron.megatron_map import parallel_state
 
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return None, None, None

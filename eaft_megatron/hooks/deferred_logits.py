@@ -126,7 +126,7 @@ def linear_options(logits: DeferredLogits) -> dict[str, Any]:
 
 
 def _check_layer(layer: torch.nn.Module, config: Any) -> None:
-    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from eaft_megatron.megatron_map import ColumnParallelLinear
 
     own = type(layer)
     same = all(getattr(own, name, None) is getattr(ColumnParallelLinear, name, None) for name in _COMPUTING)

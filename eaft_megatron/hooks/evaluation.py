@@ -19,7 +19,7 @@ def evaluate_sets(names: Callable[[], Sequence[str]], dataset: Callable[[str, in
         names: of the sets; none: Megatron evaluates as it always does.
         dataset: (name, global batch size) -> the set, filled up to whole batches.
     """
-    from megatron.training import training
+    from eaft_megatron.megatron_map import training
 
     original = training.evaluate_and_print_results
     signature = inspect.signature(original)
@@ -51,8 +51,7 @@ def evaluate_sets(names: Callable[[], Sequence[str]], dataset: Callable[[str, in
 
 def _iterators(training: Any, samples: Any, chunks: int) -> Any:
     """An iterator for each model chunk, where this rank reads data."""
-    from megatron.core import parallel_state
-    from megatron.core.rerun_state_machine import RerunDataIterator
+    from eaft_megatron.megatron_map import RerunDataIterator, parallel_state
 
     def one() -> Any:
         if parallel_state.get_tensor_model_parallel_rank() != 0:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eaft_megatron import megatron_map
 from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring, linear_options
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.loss.gates import Gate, SFTGate
 from eaft_megatron.loss.linear import vocab_parallel_linear_token_loss
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
+from eaft_megatron.megatron_map import language_models, loss_caller
 
 _METHOD = "compute_language_model_loss"
 _NOTED = ("labels", "loss_mask", "packed_seq_params")
 _IGNORE_INDEX = -100
-_MODELS = (  # module, class: the causal language models, whose callers know a loss mask
-    ("megatron.core.models.gpt.gpt_model", "GPTModel"),
-    ("megatron.core.models.mamba.mamba_model", "MambaModel"),
-    ("megatron.core.models.hybrid.hybrid_model", "HybridModel"),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +196,7 @@ def install(settings: LossSettings | None = None, *, gate: Gate | None = None) -
             work with ``settings``.
     """
     global _installed
-    from megatron.core.models.common.language_module.language_module import LanguageModule
+    from eaft_megatron.megatron_map import LanguageModule
 
     if _installed is not None:
         raise ValueError("the EAFT loss hook is installed already; call eaft_megatron.hooks.uninstall() first")
@@ -218,8 +214,8 @@ def install(settings: LossSettings | None = None, *, gate: Gate | None = None) -
 
     try:
         rebind(hook, LanguageModule, _METHOD, compute_language_model_loss)
-        for model in _language_models():
-            _note_arguments(hook, model, "_postprocess" if hasattr(model, "_postprocess") else "forward")
+        for model in language_models():
+            _note_arguments(hook, model, loss_caller(model))
     except BaseException:
         hook.remove()
         raise
@@ -244,21 +240,6 @@ def uninstall() -> None:
         _installed = None
 
 
-def _language_models() -> list[type]:
-    """Those of ``_MODELS`` that this megatron-core has; a name that only stands for another of them is left out."""
-    models = []
-    for module, name in _MODELS:
-        try:
-            model = getattr(importlib.import_module(module), name)
-        except ModuleNotFoundError as error:
-            if error.name is None or not module.startswith(error.name):
-                raise  # the model is there, something that it needs is not
-            continue
-        if "forward" in vars(model):
-            models.append(model)
-    return models
-
-
 def rebind(hook: LossHook, owner: Any, name: str, replacement: Callable) -> None:
     """Set ``owner.name`` (a class's or a module's) until the hook is removed."""
     original = owner.__dict__[name]
@@ -276,7 +257,7 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
 
     @functools.wraps(original)
     def noting(self, *args, **kwargs):
-        if getattr(type(self), _METHOD) is not getattr(_language_module(), _METHOD) or _METHOD in vars(self):
+        if getattr(type(self), _METHOD) is not getattr(megatron_map.LanguageModule, _METHOD) or _METHOD in vars(self):
             raise ValueError(
                 f"{type(self).__name__} overrides {_METHOD}: its loss would not be that of {hook.name}. "
                 "Remove the override, or call vocab_parallel_eaft_loss in it"
@@ -296,12 +277,6 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
             hook._noted = outer
 
     rebind(hook, owner, name, noting)
-
-
-def _language_module() -> type:
-    from megatron.core.models.common.language_module.language_module import LanguageModule
-
-    return LanguageModule
 
 
 def _check_signature(owner: type) -> None:
@@ -337,7 +312,7 @@ def _sequence_ids(labels: Tensor, packed_seq_params: Any, name: str) -> Tensor:
 
     Context-parallel ranks hold parts of the same sequences and number them alike.
     """
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     if packed_seq_params is not None:
         raise ValueError(
@@ -357,7 +332,7 @@ def _data_parallel_group(model: torch.nn.Module):
     group = getattr(getattr(model, "pg_collection", None), "dp_cp", None)
     if group is not None:
         return group
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
@@ -367,6 +342,6 @@ def _tensor_parallel_group(model: torch.nn.Module):
     collection = getattr(model, "pg_collection", None)
     if collection is not None and getattr(collection, "tp", None) is not None:
         return collection.tp
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()

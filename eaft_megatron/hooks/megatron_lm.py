@@ -24,6 +24,7 @@ from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.hooks.side_columns import rebind_get_batch
 from eaft_megatron.loss.gates import Gate
+from eaft_megatron.megatron_map import release, validate_args_modules
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
@@ -73,7 +74,7 @@ def attach(
         refuse_unsupported(args)
         _refuse_without_scores(args, gate or settings.gate())
         active = install(settings, gate=gate)
-        active.check_finite = turns_off_nan_check(args, _version())
+        active.check_finite = turns_off_nan_check(args, release())
         _advise(args)
         watch_training(active)
         _open_data(args, active.gate, prepared)
@@ -87,12 +88,6 @@ def _note_own_gate(args: argparse.Namespace, settings: LossSettings, gate: Gate)
         raise ValueError(f"attach(gate={gate!r}) takes the place of --loss-type {settings.loss_type}: remove the flag")
     check_own_gate(gate, settings)
     args.eaft_own_gate = repr(gate)  # a plain text: Megatron pickles its arguments into checkpoints
-
-
-def _version() -> tuple[int, int]:
-    from megatron.core import package_info
-
-    return package_info.MAJOR, package_info.MINOR
 
 
 def _say_what_sft_ignores(args: argparse.Namespace) -> None:
@@ -115,7 +110,7 @@ def _open_data(args: argparse.Namespace, gate: Gate, prepared: Any) -> None:
     if prepared is None:
         raise ValueError("--sft-data needs `python -m eaft_megatron.run SCRIPT ...`; a patched checkout cannot read it")
     args.sft_eval_sets = named_paths(args.sft_eval_data, "--sft-eval-data")
-    data = prepared.open(args, gate, _version())
+    data = prepared.open(args, gate, release())
     args.sft_data_sha256 = data.fingerprint()
     first = getattr(args, "rank", 0) == 0
     if first:
@@ -136,8 +131,8 @@ def rebind_megatron(prepared: Any = None) -> None:
     Raises:
         ValueError: this Megatron-LM is not one we know: what is missing is named.
     """
-    from megatron import training as package
-    from megatron.training import arguments, initialize, training
+    from eaft_megatron.megatron_map import arguments, training
+    from eaft_megatron.megatron_map import training_package as package
 
     for owner, name in (
         (arguments, "add_megatron_arguments"),
@@ -156,9 +151,8 @@ def rebind_megatron(prepared: Any = None) -> None:
     pretrain = _with_our_forward_step(training.pretrain, prepared)
     if prepared is not None:
         prepared.carries_columns = rebind_get_batch(prepared.columns, prepared.cut)
-    arguments.validate_args = validate
-    if hasattr(initialize, "validate_args"):  # 0.12 to 0.17 call it from there, under the name they imported
-        initialize.validate_args = validate
+    for module in validate_args_modules():
+        module.validate_args = validate
     training.pretrain = package.pretrain = pretrain
 
 

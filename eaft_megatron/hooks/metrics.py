@@ -104,7 +104,7 @@ def _in_form_of(own: Any, sums: dict[str, Tensor], loss_mask: Tensor) -> dict[st
 
 
 def _sum_over_data_parallel(values: Tensor) -> Tensor:
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     torch.distributed.all_reduce(values, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     return values

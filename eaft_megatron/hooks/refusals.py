@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from eaft_megatron.megatron_map import CHECKS_THE_FIRST_LOSS
+
 _REFUSED: tuple[tuple[Callable[[argparse.Namespace], bool], str], ...] = (
     (
         lambda args: getattr(args, "use_legacy_models", False),
@@ -75,7 +77,7 @@ def turns_off_nan_check(args: argparse.Namespace, version: tuple[int, int]) -> b
     """
     if getattr(args, "check_for_nan_in_loss_and_grad", True) is False:
         return True
-    return version < (0, 14) and getattr(args, "rerun_mode", "disabled") != "disabled"
+    return version < CHECKS_THE_FIRST_LOSS and getattr(args, "rerun_mode", "disabled") != "disabled"
 
 
 def _own_doing(args: argparse.Namespace) -> bool:

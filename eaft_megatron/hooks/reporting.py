@@ -14,7 +14,7 @@ from eaft_megatron.hooks.metrics import METRICS
 
 def watch_training(hook: LossHook) -> None:
     """See that the hook is called in the first step, and keep our metrics out of Megatron's perplexities."""
-    from megatron.training import training
+    from eaft_megatron.megatron_map import training
 
     rebind(hook, training, "train_step", _checking_first_step(hook, training.train_step))
     kept: list[dict[str, float]] = []
@@ -31,7 +31,7 @@ def _checking_first_step(hook: LossHook, train_step: Callable) -> Callable:
         result = train_step(*args, **kwargs)
         if not checked:
             checked = True
-            from megatron.core import parallel_state
+            from eaft_megatron.megatron_map import parallel_state
 
             if parallel_state.is_pipeline_last_stage(ignore_virtual=True) and not (hook.calls or hook.replayed):
                 raise RuntimeError(
@@ -61,7 +61,7 @@ def _printing_metrics(kept: list[dict[str, float]], evaluate_and_print_results: 
 
     @functools.wraps(evaluate_and_print_results)
     def with_metrics(*args: Any, **kwargs: Any):
-        from megatron.training import training
+        from eaft_megatron.megatron_map import training
 
         arguments = signature.bind(*args, **kwargs).arguments
         kept.clear()

@@ -18,7 +18,7 @@ _STARTS = ("load", "pretrained_checkpoint")  # Megatron's arguments that name we
 
 def guard_resumption() -> None:
     """Where a checkpoint is resumed (--load without --finetune), have the loss flags compared with the checkpoint's."""
-    from megatron.training import checkpointing, training
+    from eaft_megatron.megatron_map import checkpointing, training
 
     check = checkpointing.check_checkpoint_args
     if hasattr(check, "_compares_loss_flags"):

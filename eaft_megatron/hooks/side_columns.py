@@ -8,7 +8,6 @@ other tensor-parallel ranks of the last pipeline stage, cut for context parallel
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.hooks.loss_hook import installed
+from eaft_megatron.megatron_map import get_batch_module
 
 _INTEGER = ("sequence_ids",)
 
@@ -33,15 +33,11 @@ def rebind_get_batch(columns: Callable[[], Sequence[str]], cut: Cut) -> bool:
     Returns:
         Whether this Megatron-LM has that function.
     """
-    for name in ("megatron.training.utils", "megatron.core.utils"):  # to 0.17, from 0.18 on
-        if importlib.util.find_spec(name) is None:
-            continue
-        module = importlib.import_module(name)
-        original = getattr(module, "get_batch_on_this_tp_rank", None)
-        if original is not None:
-            module.get_batch_on_this_tp_rank = _carrying(original, columns, cut)
-            return True
-    return False
+    module = get_batch_module()
+    if module is None:
+        return False
+    module.get_batch_on_this_tp_rank = _carrying(module.get_batch_on_this_tp_rank, columns, cut)
+    return True
 
 
 def _carrying(original: Callable, columns: Callable[[], Sequence[str]], cut: Cut) -> Callable:
@@ -89,7 +85,7 @@ def _spread(seen: dict[str, Any], names: Sequence[str], shape: torch.Size, cu_se
     A micro-batch without them (an evaluation set, which shows the plain cross entropy) gives {}; the first broadcast,
     of one number, tells.
     """
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     device = torch.device("cuda", torch.cuda.current_device())
     source, group = (
@@ -128,6 +124,6 @@ def _bounds(cu_seqlens: Tensor | None) -> list[int] | None:
 
 
 def _on_last_stage() -> bool:
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     return parallel_state.is_pipeline_last_stage(ignore_virtual=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+
+from eaft_megatron.megatron_map import stage_argument
 
 from .architecture import find_entry
 from .chunks import parameters
@@ -16,9 +16,7 @@ from .megatron_config import padded_vocab_size
 from .specs import local_spec, norm_class, transformer_engine_spec
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
+    from eaft_megatron.megatron_map import GPTModel, ModuleSpec, TransformerConfig
 
 _IMPLEMENTATIONS = ("local", "transformer_engine")
 
@@ -35,7 +33,7 @@ def layer_spec(hf_config: dict, config: TransformerConfig, transformer_impl: str
     """
     if transformer_impl not in _IMPLEMENTATIONS:
         raise ValueError(f"--transformer-impl {transformer_impl}: use {' or '.join(_IMPLEMENTATIONS)}")
-    from megatron.core.models.gpt import gpt_layer_specs
+    from eaft_megatron.megatron_map import gpt_layer_specs
 
     if transformer_impl == "transformer_engine":
         if not gpt_layer_specs.HAVE_TE:
@@ -85,7 +83,7 @@ def build_model(
             f"{config.pipeline_model_parallel_size} pipeline stages: true on the first and on the last one only"
         )
     spec = layer_spec(hf_config, config, transformer_impl)
-    from megatron.core.models.gpt import GPTModel
+    from eaft_megatron.megatron_map import GPTModel
 
     fields = {
         "max_sequence_length": max_sequence_length or hf_config.get("max_position_embeddings", 2048),
@@ -96,7 +94,7 @@ def build_model(
         "position_embedding_type": "rope",
         **architecture_of(hf_config).model_fields(hf_config),
     }
-    fields |= _stage_argument(GPTModel, vp_stage)
+    fields |= stage_argument(GPTModel, vp_stage)
     vocab = padded_vocab_size(hf_config["vocab_size"], config.tensor_model_parallel_size, make_vocab_size_divisible_by)
     model = GPTModel(config, _block_spec(spec, config, transformer_impl, vp_stage), vocab, **fields)
     if not config.perform_initialization:
@@ -108,24 +106,13 @@ def build_model(
 def _block_spec(spec: ModuleSpec, config: TransformerConfig, transformer_impl: str, vp_stage: int | None):
     """The layers of this stage with the final norm named: left alone, megatron-core takes Transformer Engine's, or
     Apex's LayerNorm, by what happens to be installed, whatever the layers use."""
-    from megatron.core.transformer import transformer_block
+    from eaft_megatron.megatron_map import transformer_block
 
     count = transformer_block.get_num_layers_to_build
-    layers = count(config, **_stage_argument(count, vp_stage))
+    layers = count(config, **stage_argument(count, vp_stage))
     return transformer_block.TransformerBlockSubmodules(
         layer_specs=[spec] * layers, layer_norm=norm_class(transformer_impl)
     )
-
-
-def _stage_argument(function: Callable, vp_stage: int | None) -> dict[str, int | None]:
-    """vp_stage as an argument; megatron-core 0.12 wants it in a global instead, as its own get_model sets it."""
-    if "vp_stage" in inspect.signature(function).parameters:
-        return {"vp_stage": vp_stage}
-    if vp_stage is not None:
-        from megatron.core import parallel_state
-
-        parallel_state.set_virtual_pipeline_model_parallel_rank(vp_stage)
-    return {}
 
 
 def _mark_tensor_parallel(model: GPTModel, hf_config: dict) -> None:

@@ -12,12 +12,16 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+
+from eaft_megatron.megatron_map import (
+    IdentityOp,
+    ModuleSpec,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    gpt_layer_specs,
+)
 
 from .specs import LocalRMSNorm, local_spec, norm_class, transformer_engine_spec
 
@@ -67,7 +71,7 @@ def with_sandwich_norms(spec: ModuleSpec, norm: type) -> ModuleSpec:
 
 GLM4_LAYER_SPEC_LOCAL = with_sandwich_norms(local_spec(), LocalRMSNorm)
 
-if HAVE_TE:
+if gpt_layer_specs.HAVE_TE:
     GLM4_LAYER_SPEC_TE = with_sandwich_norms(transformer_engine_spec(), norm_class("transformer_engine"))
 
 

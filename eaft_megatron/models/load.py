@@ -28,7 +28,7 @@ def load_hf_weights(model: nn.Module | list[nn.Module], hf_dir: str | Path) -> N
             file), a parameter without an entry in the weight table, or a config.json that does not fit the model.
             Every rank checks the whole folder, so all ranks raise or none.
     """
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     chunks = unwrap(model)
     hf_config = read_hf_config(hf_dir)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from eaft_megatron.megatron_map import kv_groups_can_be_shared
 
 from .config_fields import heads_and_groups
 from .hf_config import architecture_of
 
 if TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
+    from eaft_megatron.megatron_map import TransformerConfig
 
 # With one of these the layers need not divide evenly; megatron-core checks them itself.
 _UNEVEN_PIPELINE = (
@@ -55,7 +56,7 @@ def transformer_config(
     check_tensor_parallel(hf_config, tensor_model_parallel_size)
     if not any(overrides.get(name) for name in _UNEVEN_PIPELINE):
         check_pipeline(hf_config, pipeline_model_parallel_size, virtual_pipeline_model_parallel_size)
-    from megatron.core.transformer import TransformerConfig
+    from eaft_megatron.megatron_map import TransformerConfig
 
     fields = {
         **architecture.transformer_fields(hf_config),
@@ -95,19 +96,6 @@ def _tensor_parallel_problems(hf_config: dict, size: int) -> list[str]:
     if hf_config["intermediate_size"] % size:
         problems.append(f"intermediate_size {hf_config['intermediate_size']} does not divide by {size}")
     return problems
-
-
-@cache
-def kv_groups_can_be_shared() -> bool:
-    """Whether this megatron-core lets several tensor-parallel ranks use one KV group (0.16 and later)."""
-    from megatron.core.transformer import TransformerConfig
-
-    sizes = {"num_layers": 1, "hidden_size": 2, "num_attention_heads": 2}
-    try:
-        TransformerConfig(**sizes, num_query_groups=1, tensor_model_parallel_size=2)
-    except ValueError:
-        return False
-    return True
 
 
 def check_pipeline(hf_config: dict, size: int, virtual: int | None) -> None:

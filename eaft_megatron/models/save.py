@@ -74,7 +74,7 @@ def hf_tensors(
 
     A collective over the tensor-parallel group. value: what to take of a parameter (its gradient, say).
     """
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     tied, sizes = is_tied(hf_config), sizes_of(chunks[0], hf_config)
     table = architecture_of(hf_config).table(tied)
@@ -115,7 +115,7 @@ def _check_same_model(chunks: list[nn.Module], hf_config: dict) -> None:
 def _write_stage(chunks: list[nn.Module], hf_config: dict, folder: Path, dtype: torch.dtype | None) -> str | None:
     """This rank's part of the gathering and writing. Returns the error instead of raising it: a rank that leaves
     the loop early would leave its tensor-parallel peers waiting."""
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import ModuleSpec
+    from eaft_megatron.megatron_map import ModuleSpec, TransformerConfig
 
 
 def local_spec(qk_layernorm: bool = False) -> ModuleSpec:
     """One layer of megatron-core's own modules with torch's RMSNorm, whatever else may be installed."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from eaft_megatron.megatron_map import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(qk_layernorm=qk_layernorm, normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = LocalRMSNorm
@@ -25,7 +24,7 @@ def local_spec(qk_layernorm: bool = False) -> ModuleSpec:
 
 def transformer_engine_spec(qk_layernorm: bool = False) -> ModuleSpec:
     """One layer of Transformer Engine's modules, which must be installed."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+    from eaft_megatron.megatron_map import get_gpt_layer_with_transformer_engine_spec
 
     return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
 
@@ -34,7 +33,7 @@ def norm_class(transformer_impl: str) -> type:
     """The norm that stands alone in a model of this implementation."""
     if transformer_impl == "local":
         return LocalRMSNorm
-    from megatron.core.extensions.transformer_engine import TENorm
+    from eaft_megatron.megatron_map import TENorm
 
     return TENorm
 

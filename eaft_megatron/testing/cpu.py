@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import re
 import sys
 import time
@@ -22,16 +21,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from eaft_megatron import megatron_map
 from eaft_megatron.testing.cpu_collectives import Finished, with_split_lists, with_unequal_parts
 
-_MODULES = (
-    "megatron.core.fusions.fused_softmax",
-    "megatron.core.models.gpt",  # not touched; imported here for the sake of quiet
-    "megatron.core.optimizer.distrib_optimizer",
-    "megatron.core.pipeline_parallel.p2p_communication",
-    "megatron.core.tensor_parallel.random",
-    "megatron.core.transformer.torch_norm",
-)
+_MODULES = ("fused_softmax", "distrib_optimizer", "p2p_communication", "rng_tracker", "torch_norm", "gpt_models")
 _MISSING = object()
 _CUDA_NAME = re.compile(r"cuda(:\d+)?")
 
@@ -53,10 +46,10 @@ def cpu_standins() -> Iterator[None]:
         _stand_in_for_compiler(patch, stack)  # first: it keeps the imports of megatron-core below cheap
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says in many places that Apex and TransformerEngine are missing
-            megatron = SimpleNamespace(**{name.rpartition(".")[2]: importlib.import_module(name) for name in _MODULES})
+            megatron = SimpleNamespace(**{name: getattr(megatron_map, name) for name in _MODULES})
         _stand_in_for_cuda_runtime(patch)
         _stand_in_for_cuda_memory(patch)
-        _stand_in_for_cuda_rng(patch, megatron.random)
+        _stand_in_for_cuda_rng(patch, megatron.rng_tracker)
         _stand_in_for_cuda_tensors(patch)
         _stand_in_for_megatron(patch, megatron)
         _stand_in_for_cuda_devices(patch, stack)

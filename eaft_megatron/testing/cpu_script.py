@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from eaft_megatron.megatron_map import SYMBOLS, has
 from eaft_megatron.testing.cpu import _Patcher, cpu_standins
 
 _FLAGS = {"--distributed-backend": "gloo"}
@@ -34,7 +35,7 @@ def script_standins() -> Iterator[None]:
         patch = _Patcher(stack)
         _stand_in_for_start(patch)
         # It warns in every layer that the CPU's generator moved with the "CUDA" one, which is the CPU's here.
-        logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+        logging.getLogger(SYMBOLS["rng_tracker"].module).setLevel(logging.ERROR)
         try:
             yield
         finally:
@@ -52,15 +53,14 @@ def _choose_gloo() -> None:
 
 
 def _stand_in_for_start(patch: _Patcher) -> None:
-    from megatron.core.datasets import utils as datasets
-    from megatron.training import initialize, training
+    from eaft_megatron.megatron_map import dataset_utils, initialize, training
 
     without_cuda = _without_cuda(initialize.initialize_megatron)
     for module in (initialize, training):  # the second imported the function under its name
         patch(module, initialize_megatron=without_cuda)
-    if hasattr(initialize, "fused_kernels"):  # 0.12 to 0.16 build CUDA extensions
+    if has("initialize.fused_kernels"):
         patch(initialize.fused_kernels, load=lambda args: None)
-    patch(datasets, compile_helpers=_compile_helpers)
+    patch(dataset_utils, compile_helpers=_compile_helpers)
 
 
 def _without_cuda(initialize_megatron: Callable) -> Callable:
@@ -78,14 +78,16 @@ def _compile_helpers() -> None:
 
     Its Makefile asks whatever python3 and python3-config come first on PATH, which need not be this interpreter's.
     """
-    from megatron.core import datasets
+    from eaft_megatron.megatron_map import megatron_datasets
 
     try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
+        has_helpers = has("helpers_cpp")
+    except ImportError:  # built for another interpreter
+        has_helpers = False
+    if not has_helpers:
         import pybind11
 
         includes = f"-I{sysconfig.get_path('include')} -I{pybind11.get_include()}"
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
-        folder = os.path.dirname(datasets.__file__)
+        folder = os.path.dirname(megatron_datasets.__file__)
         subprocess.run(["make", "-C", folder, f"CPPFLAGS={includes}", f"LIBEXT={suffix}"], check=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
-import importlib.util
 import os
 import pickle
 import select
@@ -26,6 +25,8 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from eaft_megatron.megatron_map import is_core_installed
 
 # Beside torch and, where it is installed and this is a machine without CUDA, megatron-core: what ranks of tests import.
 _PRELOADED = ("eaft_megatron.hooks", "pytest", "transformers", "transformers.models.llama.modeling_llama")
@@ -222,10 +223,8 @@ def _preload() -> None:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
-            "1"  # asks for a GPU without starting CUDA, which no fork survives
-        )
-        if not torch.cuda.is_available() and importlib.util.find_spec("megatron"):
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asks for a GPU without starting CUDA: no fork survives that
+        if not torch.cuda.is_available() and is_core_installed():
             from eaft_megatron.testing.cpu import cpu_standins
 
             with cpu_standins():

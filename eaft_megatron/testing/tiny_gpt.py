@@ -7,7 +7,6 @@ can be compared across them. Works on CUDA, and on CPU within `cpu_standins()`.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -15,16 +14,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import destroy_rerun_state_machine
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from megatron.core.transformer import TransformerConfig
+
+from eaft_megatron.megatron_map import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    GPTModel,
+    OptimizerConfig,
+    TransformerConfig,
+    destroy_rerun_state_machine,
+    finalize_model_grads,
+    get_forward_backward_func,
+    get_gpt_layer_local_spec,
+    get_megatron_optimizer,
+    has,
+    model_parallel_cuda_manual_seed,
+    parallel_state,
+    stage_argument,
+)
 
 VOCAB_SIZE = 96
 SEQ_LENGTH = 24
@@ -87,10 +93,7 @@ def build_tiny_gpt(
     vpp = config.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in range(vpp or 1):
-        where = {"vp_stage": stage} if vpp else {}
-        if vpp and not _accepts(GPTModel, "vp_stage"):  # before 0.13 the stage was global state
-            parallel_state.set_virtual_pipeline_model_parallel_rank(stage)
-            where = {}
+        where = stage_argument(GPTModel, stage) if vpp else {}
         ends = {"ignore_virtual": False, **where}
         chunk = GPTModel(
             config=config,
@@ -106,10 +109,6 @@ def build_tiny_gpt(
         fill_weights(chunk, seed)
         chunks.append(chunk)
     return chunks
-
-
-def _accepts(fn: Any, name: str) -> bool:
-    return name in inspect.signature(fn).parameters
 
 
 def fill_weights(model: GPTModel, seed: int = 1) -> None:
@@ -241,7 +240,7 @@ def sharded_state(model: list, optimizer: Any, *, loading: bool) -> dict[str, An
     state = {name: chunk.module.sharded_state_dict() for name, chunk in zip(names, model, strict=True)}
     # From 0.15 on there is a format of this name; the default one cannot even be saved with 0.16.
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
-    known = "fully_reshardable" in getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
+    known = has("DistributedOptimizer.checkpoint_fully_reshardable_formats")
     state["optimizer"] = optimizer.sharded_state_dict(
         state, is_loading=loading, **({"metadata": metadata} if known else {})
     )

@@ -31,7 +31,7 @@ def latest_iteration(folder: str | None) -> int | None:
 
 def save_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int, consumed_samples: int) -> Path:
     """Write ``--save DIR/iter_NNNNNNN``, on every rank together; returns the folder."""
-    from megatron.core import dist_checkpointing
+    from eaft_megatron.megatron_map import dist_checkpointing
 
     root = Path(args.save)
     final = root / iteration_name(iteration)
@@ -64,7 +64,7 @@ def load_checkpoint(trainer: Trainer, args: argparse.Namespace, iteration: int) 
         ValueError: no such checkpoint, or the run it belongs to had other data, samples, batch size, precision, seed
             or loss: its losses could not be continued.
     """
-    from megatron.core import dist_checkpointing
+    from eaft_megatron.megatron_map import dist_checkpointing
 
     folder = Path(args.load) / iteration_name(iteration)
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def _named_chunks(trainer: Trainer) -> list[tuple[str, Any]]:
 
 
 def _sharded_state(trainer: Trainer, is_loading: bool) -> dict[str, Any]:
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     metadata = {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

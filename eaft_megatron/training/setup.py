@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from eaft_megatron.installed import choose_transformer_impl
+from eaft_megatron.megatron_map import has
 from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, transformer_config
 
 
@@ -45,8 +46,7 @@ def distributed(args: argparse.Namespace) -> Iterator[torch.device]:
             )
             # A gloo group alive at exit may abort the process.
             stack.callback(dist.destroy_process_group)
-        from megatron.core import parallel_state
-        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from eaft_megatron.megatron_map import model_parallel_cuda_manual_seed, parallel_state
 
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=args.tensor_model_parallel_size,
@@ -60,9 +60,14 @@ def distributed(args: argparse.Namespace) -> Iterator[torch.device]:
 
 def build_trainer(args: argparse.Namespace, device: torch.device, *, load_weights: bool) -> Trainer:
     """Model (with the Hugging Face weights, or not yet filled), megatron-core's Adam, and its schedule."""
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer.module import Float16Module
+    from eaft_megatron.megatron_map import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        Float16Module,
+        OptimizerConfig,
+        finalize_model_grads,
+        get_megatron_optimizer,
+    )
 
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     config, chunks = _build_chunks(args, dtype)
@@ -96,7 +101,7 @@ def build_trainer(args: argparse.Namespace, device: torch.device, *, load_weight
 
 
 def _build_chunks(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, list[torch.nn.Module]]:
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     hf_config = read_hf_config(args.hf_model)
     virtual = args.num_virtual_stages_per_pipeline_rank
@@ -132,16 +137,16 @@ def _build_chunks(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, li
 
 def _no_decay_for_norms(optimizer_config: Any) -> dict[str, Any]:
     """No weight decay on biases and norms, Megatron-LM's default; older releases do it unasked."""
-    from megatron.core import optimizer
+    if not has("get_standard_config_overrides"):
+        return {}
+    from eaft_megatron.megatron_map import get_standard_config_overrides
 
-    if hasattr(optimizer, "get_standard_config_overrides"):
-        return {"config_overrides": optimizer.get_standard_config_overrides(optimizer_config)}
-    return {}
+    return {"config_overrides": get_standard_config_overrides(optimizer_config)}
 
 
 def _schedule(args: argparse.Namespace, optimizer: Any) -> Any:
     """Learning rate over samples: linear warmup, then decay over the rest of ``--train-iters``."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from eaft_megatron.megatron_map import OptimizerParamScheduler
 
     total = args.train_iters * args.global_batch_size
     return OptimizerParamScheduler(

@@ -50,7 +50,7 @@ def training_batches(
     dataset: Dataset, args: argparse.Namespace, consumed_samples: int, device: torch.device
 ) -> Batches:
     """This data-parallel rank's micro-batches of the step that starts after ``consumed_samples``."""
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     def indices(rank: int) -> list[list[int]]:
         return micro_batch_indices(
@@ -71,7 +71,7 @@ def training_batches(
 def evaluation_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
     """The first ``--eval-samples`` rows in steps of one global batch, short rows together; the last one is filled up
     with rows whose loss mask is 0."""
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     count = min(args.eval_samples or len(dataset), len(dataset))
     order = sorted(range(count), key=dataset.sample_length)
@@ -88,7 +88,7 @@ def run_schedule(
     trainer: Trainer, step: Callable, batches: Batches, args: argparse.Namespace, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
     """Forward (and backward) over the micro-batches; the reports, on the last pipeline stage only."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from eaft_megatron.megatron_map import get_forward_backward_func
 
     micro_batches, length = batches
     chunks = trainer.model
@@ -144,7 +144,7 @@ def reduce_reports(reports: list[dict[str, Tensor]], iteration: int) -> dict[str
     Raises:
         FloatingPointError: on every rank: a cross entropy or loss is NaN or infinite; names the step and the ranks.
     """
-    from megatron.core import parallel_state
+    from eaft_megatron.megatron_map import parallel_state
 
     device = torch.device("cuda", torch.cuda.current_device())  # the CPU, under the stand-ins
     sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)

@@ -90,7 +90,7 @@ def full_recompute_bytes(args: Namespace) -> float:
 
 def layouts(model: Model, room: float):
     """Every layout that fits, the fewest GPUs first, then the least model parallelism, then the least recomputation."""
-    from megatron.training import theoretical_memory_usage as report
+    from eaft_megatron.megatron_map import theoretical_memory_usage as report
 
     for nodes in (1, 2, 4):
         fitting = []

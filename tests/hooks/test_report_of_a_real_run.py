@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("pretrain_wheel.py")
     reason="this megatron-core has no megatron.training (make test-megatron-training)",
 )
 def test_every_curve_is_what_was_printed(tmp_path, capsys):
-    """Hundreds of flags stand among the events as texts; the curves have the numbers of Megatron's own console lines."""
+    """Hundreds of flags stand among the events as texts; the curves have the numbers of Megatron's console."""
     from eaft_megatron.cli import main
     from eaft_megatron.launch.curves import read_run
 

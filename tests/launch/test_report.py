@@ -45,7 +45,7 @@ def test_both_writers_curves_are_found(tmp_path):
 
 
 def test_flags_logged_as_texts_and_other_kinds_are_passed_over(tmp_path):
-    """Megatron-LM calls add_text for each of its hundreds of flags, some of them numbers; add_histogram may be there."""
+    """Megatron-LM calls add_text for each of its hundreds of flags, some of them numbers; histograms may be there."""
     import torch
     from torch.utils.tensorboard import SummaryWriter
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+from eaft_megatron.megatron_map import kv_groups_can_be_shared
 from eaft_megatron.models import layer_spec, padded_vocab_size, read_hf_config, transformer_config
-from eaft_megatron.models.megatron_config import kv_groups_can_be_shared
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eaft_megatron.models.megatron_config import kv_groups_can_be_shared
+from eaft_megatron.megatron_map import kv_groups_can_be_shared
 from eaft_megatron.testing.distributed import run_distributed
 from tests.models import ranks
 from tests.models.tiny import (

@@ -11,7 +11,7 @@ from eaft_megatron.loss.reference import reference_eaft_loss
 
 VOCAB = 257  # odd: 256 or 128 rows per rank leave one token to a rank of padding
 LENGTH = 17
-_COMMON = {
+SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -75,7 +75,7 @@ def _tiny(family: str, seed: int, fields: dict):
 
     config = getattr(transformers, f"{family}Config")
     # None stands for a field that this family's config.json does not have.
-    values = {name: value for name, value in {**_COMMON, **fields}.items() if (name, value) != ("head_dim", None)}
+    values = {name: value for name, value in {**SIZES, **fields}.items() if (name, value) != ("head_dim", None)}
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config(**values))
     with torch.no_grad():

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from eaft_megatron.megatron_map import CORE
 from eaft_megatron.testing.te_standin.modules import ROOTS, Finder
 
 _active = False
@@ -38,7 +39,7 @@ def transformer_engine_standin() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         raise RuntimeError("the Transformer Engine stand-in is for machines without CUDA: install the real one here")
-    for name in (*ROOTS, "megatron.core"):
+    for name in (*ROOTS, CORE):
         if name in sys.modules:
             raise RuntimeError(
                 f"{name} is imported already, so the Transformer Engine stand-in comes too late: enter "
