@@ -20,12 +20,13 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.data.samples import PreparedDataset
 from eaft_megatron.hooks import install, settings_from_args, uninstall, wrap_forward_step
 from eaft_megatron.models import read_hf_config, save_hf_weights, transformer_config
 from eaft_megatron.ranks import gather, world_of_one
 from eaft_megatron.training.arguments import parse_arguments
 from eaft_megatron.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
-from eaft_megatron.training.datasets import Dataset, read_datasets
+from eaft_megatron.training.datasets import read_datasets
 from eaft_megatron.training.log import RunLog
 from eaft_megatron.training.setup import Trainer, build_trainer, distributed
 from eaft_megatron.training.steps import evaluate, forward_step, train_step, training_batches
@@ -71,14 +72,14 @@ def _check_model(args: argparse.Namespace) -> None:
     if (columns := settings_from_args(args).gate().needs_side) and not args.sft_data:
         raise ValueError(
             f"--loss-type {args.loss_type} needs scores of the frozen base model ({', '.join(columns)}) beside the "
-            "data, which chat JSONL does not carry: `eaft-megatron prepare` it, `eaft-megatron score` it, and give "
+            "data, which --data does not carry: `eaft-megatron prepare` it, `eaft-megatron score` it, and give "
             "--sft-data"
         )
     if _is_filled(args.export_hf) and latest_iteration(args.load) != args.train_iters:
         raise ValueError(f"--export-hf: {args.export_hf} exists and is not empty")
 
 
-def _run(args: argparse.Namespace, datasets: dict[str | None, Dataset], device: torch.device, stopping) -> None:
+def _run(args: argparse.Namespace, datasets: dict[str | None, PreparedDataset], device: torch.device, stopping) -> None:
     start = _agreed_start(args)
     trainer = build_trainer(args, device, load_weights=start is None)
     consumed = load_checkpoint(trainer, args, start) if start is not None else 0
@@ -114,10 +115,18 @@ def _describe(log: RunLog, args: argparse.Namespace, datasets: dict, start: int 
         f"{args.pipeline_model_parallel_size} x data {args.data_parallel_size}, torch {torch.__version__}"
     )
     for name, dataset in datasets.items():
+        counts = dataset.data.manifest["counts"]
         log.say(
             f"{name or 'training'} data: {len(dataset)} samples from {dataset.path}, {dataset.truncated} cut to "
             f"{args.seq_length} tokens, {dataset.dropped} dropped (nothing left to train on)"
         )
+        if counts["rows_split_into_turns"]:
+            log.say(f"  {counts['rows_split_into_turns']} conversations split, one sample a turn")
+        if counts["answers_without_end_token"]:
+            log.say(
+                f"  {counts['answers_without_end_token']} answers without an end-of-turn token, whose stop is not "
+                "trained: `eaft-megatron prepare --end-token`"
+            )
     if start is not None:
         log.say(f"resumed from iteration {start} in {args.load}")
     elif args.load:

@@ -53,19 +53,26 @@ class ArrowShards:
     """The rows of several shards, numbered through. Opens them when first used, in each process anew."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = [str(path) for path in paths]
+        self.paths = [str(path) for path in paths]
         self._table: pa.Table | None = None
         self._chunks: dict[str, list[tuple[np.ndarray, pa.Array]]] = {}
         self._starts: np.ndarray | None = None
 
+    @classmethod
+    def in_memory(cls, batches: Sequence[pa.RecordBatch]) -> ArrowShards:
+        """Rows that no file holds; at least one batch."""
+        shards = cls([])
+        shards._table = pa.Table.from_batches(batches)
+        return shards
+
     def __getstate__(self) -> dict:
-        return {"_paths": self._paths, "_table": None, "_chunks": {}, "_starts": None}
+        return {**vars(self), "_table": None if self.paths else self._table, "_chunks": {}, "_starts": None}
 
     @property
     def table(self) -> pa.Table:
         """All shards as one memory-mapped table."""
         if self._table is None:
-            tables = [pa.ipc.open_stream(pa.memory_map(path)).read_all() for path in self._paths]
+            tables = [pa.ipc.open_stream(pa.memory_map(path)).read_all() for path in self.paths]
             self._table = pa.concat_tables(tables)
         return self._table
 

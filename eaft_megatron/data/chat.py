@@ -34,10 +34,6 @@ class EncodedSample:
     def __post_init__(self) -> None:
         assert len(self.input_ids) == len(self.labels_mask)
 
-    def truncate(self, max_length: int) -> "EncodedSample":
-        """The first `max_length` tokens."""
-        return EncodedSample(self.input_ids[:max_length], self.labels_mask[:max_length])
-
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -58,7 +54,11 @@ def encode_row(
 ) -> EncodedRow:
     """A canonical row (`layouts.canonical_row`) as samples whose masks hold the assistant's tokens and no other.
 
-    What an assistant turn is, `encode_chat` says; here, moreover:
+    An assistant turn is what the template writes after its generation prompt, up to and with the end-of-turn token; the
+    role header, the newline behind it and the newline behind the end-of-turn token are not trained on. Where the
+    template ends turns with the special token of the next header (GLM-4), that token is the end of turn. A token that
+    is partly header and partly answer (a tokenizer may join their newlines) counts as header. A template with
+    generation markers (`{% generation %}`) is taken at its word instead. Moreover:
 
     - Every turn is rendered as the last of its conversation, which is how the model meets it, and must reappear
       unchanged in the sample that trains it. A template may render it differently once later turns follow (Qwen3
@@ -113,41 +113,6 @@ def encode_row(
             text += end_token
         samples.append(_encode_spans(tokenizer, text, [turn.span_in(text) for turn in reversed(group)]))
     return EncodedRow(samples, len(samples) > 1)
-
-
-def encode_chat(
-    tokenizer: Any, messages: list[Message], *, tools: list | None = None, max_length: int | None = None
-) -> EncodedSample:
-    """A conversation through the tokenizer's chat template as one sample; the assistant's tokens are the labels.
-
-    A template with generation markers (`{% generation %}`) is taken at its word. For any other, an assistant turn is
-    what the template writes after its generation prompt, up to and with the end-of-turn token; the role header, the
-    newline behind it and the newline behind the end-of-turn token are not trained on. Where the template ends turns
-    with the special token of the next header (GLM-4), that token is the end of turn. A token that is partly header
-    and partly answer (a tokenizer may join their newlines) counts as header.
-
-    Args:
-        tokenizer: a transformers tokenizer with a chat template and character offsets ("fast").
-        messages: dicts with "role" and "content" (or "tool_calls"), as apply_chat_template takes them.
-        tools: JSON schemas for the template; None means that the template sees none.
-        max_length: keep this many tokens at most, cut on the right.
-
-    Raises:
-        ValueError: malformed messages; no chat template; a template that fails, or that renders a turn differently
-            once later turns follow it (then no span of the whole conversation is that turn).
-    """
-    _check_messages(messages)
-    if _GENERATION_TAG.search(_template(tokenizer, tools)):
-        sample = _encode_marked(tokenizer, messages, tools)
-    else:
-        conversation = Conversation(tokenizer, messages, tools)
-        text = conversation.render(len(messages))
-        turns = [conversation.turn(i) for i, message in enumerate(messages) if message["role"] == "assistant"]
-        for turn in turns:
-            if not text.startswith(turn.kept):
-                raise conversation.ambiguous(turn.index)
-        sample = _encode_spans(tokenizer, text, [turn.span_in(text) for turn in turns])
-    return sample if max_length is None else sample.truncate(max_length)
 
 
 def _template(tokenizer: Any, tools: list | None) -> str:
@@ -219,10 +184,8 @@ def _groups(turns: list[Turn]) -> list[list[Turn]]:
     return groups[::-1]
 
 
-def _encode_marked(
-    tokenizer: Any, messages: list[Message], tools: list | None, last_only: bool | None = None
-) -> EncodedSample:
-    """By `{% generation %}` markers; with `last_only` None a conversation without a marked token is accepted."""
+def _encode_marked(tokenizer: Any, messages: list[Message], tools: list | None, *, last_only: bool) -> EncodedSample:
+    """By `{% generation %}` markers: those of every turn, or of the last turn alone."""
     conversation = Conversation(tokenizer, messages, tools)
     encoding = conversation.apply(
         len(messages),
@@ -243,7 +206,7 @@ def _encode_marked(
         if not conversation.render(len(messages)).startswith(before):
             raise conversation.ambiguous(len(messages) - 1)
         mask = [flag and offset[0] >= len(before) for flag, offset in zip(mask, offsets, strict=True)]
-    if last_only is not None and not any(mask) and messages[-1].get("content"):
+    if not any(mask) and messages[-1].get("content"):
         raise ValueError("the chat template has {% generation %} markers but marks no token of an assistant turn")
     return EncodedSample(list(encoding["input_ids"]), mask)
 

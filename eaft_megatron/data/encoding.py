@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -17,7 +17,7 @@ import numpy as np
 from eaft_megatron.data.chat import EncodedSample, encode_row
 from eaft_megatron.data.layouts import canonical_row
 from eaft_megatron.data.prepare_options import PrepareOptions
-from eaft_megatron.data.sources import parse
+from eaft_megatron.data.sources import Source, parse
 
 _BATCH_ROWS = 128
 _IN_FLIGHT = 3  # batches a worker: one at work, one waiting, one being written
@@ -71,7 +71,9 @@ def _encode_batch(tokenizer: Any, options: PrepareOptions, batch: _Batch) -> Enc
             encoded, is_chat = _encode(tokenizer, options, row, where)
         except ValueError as error:
             if options.on_error == "stop":
-                raise ValueError(f"{error} (--on-error skip leaves such rows out and counts them)") from error
+                raise ValueError(
+                    f"{error} (`eaft-megatron prepare --on-error skip` leaves such rows out and counts them)"
+                ) from error
             errors.append(str(error))
         else:
             split += encoded.split
@@ -107,19 +109,18 @@ def _ends(sample: EncodedSample, special: set[int]) -> bool:
 
 
 def encode_all(
-    sources, tokenizer_name: str, options: PrepareOptions, num_workers: int, progress: bool
+    sources: Sequence[Source], tokenizer: Any, options: PrepareOptions, num_workers: int, progress: bool
 ) -> Iterator[EncodedBatch]:
-    """The batches of all sources, encoded, in order."""
+    """The batches of all sources, encoded, in order; with several workers each has a copy of the tokenizer."""
     batches = (_Batch(rows, index) for index, source in enumerate(sources) for rows in source.batches(_BATCH_ROWS))
     with ExitStack() as stack:
         bars = stack.enter_context(_progress_bars(sources, progress))
         if num_workers <= 1:
-            tokenizer = load_tokenizer(tokenizer_name)
             results: Iterable[EncodedBatch] = (_encode_batch(tokenizer, options, batch) for batch in batches)
         else:
             # Not fork: this process may hold threads of torch and of the tokenizer.
             spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer_name, options))
+            pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (tokenizer, options))
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             results = _in_order(pool, batches, num_workers * _IN_FLIGHT)
         for encoded in results:
@@ -144,10 +145,10 @@ def _in_order(pool, batches: Iterable[_Batch], in_flight: int) -> Iterator[Encod
 _worker: tuple[Any, PrepareOptions] | None = None  # set in worker processes alone
 
 
-def _start_worker(tokenizer_name: str, options: PrepareOptions) -> None:
+def _start_worker(tokenizer: Any, options: PrepareOptions) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = (load_tokenizer(tokenizer_name), options)
+    _worker = (tokenizer, options)
 
 
 def _work(batch: _Batch) -> EncodedBatch:

@@ -5,41 +5,11 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from os import PathLike
-from pathlib import Path
 from typing import IO, Any
 
 _BLANKS = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20  # characters
 _LONGEST = 1 << 28
-
-
-def iter_jsonl(path: str | PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each line that is not blank.
-
-    A UTF-8 byte-order mark and a missing newline at the end are accepted.
-
-    Raises:
-        FileNotFoundError: there is no file at `path`.
-        ValueError: a line is not UTF-8, not JSON or not a JSON object; or the file has no row at all.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    empty = True
-    with path.open("rb") as file:
-        for number, raw in iter_lines(file):
-            row = parse_line(raw, f"{path}:{number}")
-            if row is not None:
-                empty = False
-                yield number, row
-    if empty:
-        raise ValueError(f"{path}: the file holds no rows")
-
-
-def read_jsonl(path: str | PathLike) -> list[dict[str, Any]]:
-    """The rows of `path` in order; errors as in `iter_jsonl`."""
-    return [row for _, row in iter_jsonl(path)]
 
 
 def parse_line(raw: bytes, where: str) -> dict[str, Any] | None:
@@ -120,9 +90,9 @@ class _ArrayText:
 
     def take(self) -> str:
         """`peek`, and go behind it."""
-        found = self.peek()
-        self._at += len(found)
-        return found
+        character = self.peek()
+        self._at += len(character)
+        return character
 
     def element(self) -> str:
         """The JSON value that begins at the next character."""
@@ -138,8 +108,8 @@ class _ArrayText:
                     raise
                 stop, problem = len(self._text), str(error)
             if stop < len(self._text):  # else a number might go on
-                found, self._at = self._text[self._at : stop], stop
-                return found
+                value, self._at = self._text[self._at : stop], stop
+                return value
             if stop - self._at > _LONGEST or not self._read(size):
                 raise ValueError(problem)
             size *= 2

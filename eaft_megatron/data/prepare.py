@@ -33,8 +33,8 @@ from eaft_megatron.data.prepared import (
     write_manifest,
     write_packing,
 )
-from eaft_megatron.data.sources import open_sources
-from eaft_megatron.data.tally import Tally
+from eaft_megatron.data.sources import Source, open_sources
+from eaft_megatron.data.tally import PART_COUNTS, Tally
 from eaft_megatron.files import replace_folder
 
 
@@ -75,15 +75,7 @@ def prepare(
     output = _checked_output(Path(output), overwrite)
     tokenizer = load_tokenizer(tokenizer_name)
     sources = open_sources(inputs, split=dataset_split, config=dataset_config)
-    request = {
-        "inputs": [{"name": source.name, "fingerprint": source.fingerprint()} for source in sources],
-        "tokenizer": {
-            "name": str(tokenizer_name),
-            "sha256": tokenizer_hash(tokenizer),
-            "chat_template_sha256": template_hash(tokenizer.chat_template),
-        },
-        "options": dataclasses.asdict(options),
-    }
+    request = _request(sources, tokenizer, str(tokenizer_name), options)
     with _whole_or_not_at_all(output) as new:
         done = _already_there(output, options, request, overwrite)
         if done is not None:
@@ -95,13 +87,58 @@ def prepare(
             writers = {
                 name: stack.enter_context(ShardWriter(part / "rows", ROW_SCHEMA)) for name, part in parts.items()
             }
-            for encoded in encode_all(sources, tokenizer_name, options, num_workers, progress):
+            for encoded in encode_all(sources, tokenizer, options, num_workers, progress):
                 for split, batch in tally.add(encoded):
                     writers[split].write(batch)
         manifests = {}
         for name, part in parts.items():
-            manifests[name] = _finish(part, name, writers[name], tally, request, options)
+            manifest = _manifest(name, writers[name].files, tally, request)
+            if options.pack:
+                lengths = np.concatenate(tally.lengths[name])
+                manifest["packing"] = write_packing(part, lengths, options.seq_length, options.pad_to_multiple_of)
+            write_manifest(part, manifest)
+            manifests[name] = manifest
     return manifests
+
+
+def prepare_in_memory(file: str | os.PathLike, tokenizer: Any, options: PrepareOptions) -> PreparedData:
+    """What ``prepare`` would write for one file, in memory: for data that fits there, and is not packed or split.
+
+    Args:
+        file: JSONL, JSON or Parquet.
+        tokenizer: a transformers tokenizer ("fast").
+        options: with ``pack`` False and without fractions.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a bad row (file and line in the message), or no row left to train on.
+    """
+    assert not options.pack and options.splits == ("train",)
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    sources = open_sources([str(file)])
+    tally = Tally(options)
+    encoded = encode_all(sources, tokenizer, options, num_workers=1, progress=False)
+    batches = [batch for rows in encoded for _, batch in tally.add(rows)]
+    request = _request(sources, tokenizer, str(tokenizer.name_or_path), options)
+    try:
+        manifest = _manifest("train", [], tally, request)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return PreparedData.in_memory(Path(file), manifest, batches)
+
+
+def _request(sources: list[Source], tokenizer: Any, tokenizer_name: str, options: PrepareOptions) -> dict[str, Any]:
+    """What decides the output, for the manifest."""
+    return {
+        "inputs": [{"name": source.name, "fingerprint": source.fingerprint()} for source in sources],
+        "tokenizer": {
+            "name": tokenizer_name,
+            "sha256": tokenizer_hash(tokenizer),
+            "chat_template_sha256": template_hash(tokenizer.chat_template),
+        },
+        "options": dataclasses.asdict(options),
+    }
 
 
 def repack(folder: str | os.PathLike, seq_length: int, pad_to_multiple_of: int = 1) -> dict[str, Any]:
@@ -191,29 +228,17 @@ def _whole_or_not_at_all(output: Path) -> Iterator[Callable[[], Path]]:
             lock.unlink(missing_ok=True)
 
 
-def _finish(
-    folder: Path, part: str, writer: ShardWriter, tally: Tally, request: dict, options: PrepareOptions
-) -> dict[str, Any]:
-    """Pack a part and write its manifest."""
-    counts = dict(tally.input) | {
-        name: tally.parts[part][name]
-        for name in (
-            "tokens",
-            "trained_tokens",
-            "truncated",
-            "tokens_cut_off",
-            "dropped_overlong",
-            "dropped_nothing_to_train_on",
-        )
-    }
-    if not writer.files:
+def _manifest(part: str, files: list[dict[str, Any]], tally: Tally, request: dict) -> dict[str, Any]:
+    """What a part holds, not packed yet; ``ValueError`` where it holds nothing."""
+    counts = dict(tally.input) | {name: tally.parts[part][name] for name in PART_COUNTS}
+    if not tally.lengths[part]:
         raise ValueError(
-            f"no row of the {part} part has a token to train on within {options.seq_length + 1} tokens: "
+            f"no row of the {part} part has a token to train on within {tally.options.seq_length + 1} tokens: "
             + ", ".join(f"{name} {value}" for name, value in counts.items())
             + (f"; first error: {tally.errors[0]}" if tally.errors else "")
         )
     lengths = np.concatenate(tally.lengths[part])
-    manifest = {
+    return {
         "format_version": FORMAT_VERSION,
         "eaft_megatron": __version__,
         "part": part,
@@ -223,10 +248,6 @@ def _finish(
         "longest_row": int(lengths.max()),
         "counts": counts,
         "errors": tally.errors,
-        "files": writer.files,
+        "files": files,
         "packing": None,
     }
-    if options.pack:
-        manifest["packing"] = write_packing(folder, lengths, options.seq_length, options.pad_to_multiple_of)
-    write_manifest(folder, manifest)
-    return manifest

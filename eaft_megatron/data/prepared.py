@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,17 +57,26 @@ class PreparedData:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        self._rows = ArrowShards([self.path / "rows" / file["name"] for file in self.manifest["files"]])
-        for shard in self._rows._paths:
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        rows = ArrowShards([folder / "rows" / file["name"] for file in manifest["files"]])
+        for shard in rows.paths:
             if not os.path.isfile(shard):
-                raise ValueError(f"{self.path}: {shard} is missing: prepare the data again")
-        if len(self._rows) != self.manifest["rows"]:
-            raise ValueError(
-                f"{self.path}: {len(self._rows)} rows, but its manifest says {self.manifest['rows']}: prepare it again"
-            )
+                raise ValueError(f"{folder}: {shard} is missing: prepare the data again")
+        if len(rows) != manifest["rows"]:
+            raise ValueError(f"{folder}: {len(rows)} rows, but its manifest says {manifest['rows']}: prepare it again")
+        self._set(folder, manifest, rows)
+
+    def _set(self, path: Path, manifest: dict[str, Any], rows: ArrowShards) -> None:
+        self.path, self.manifest, self._rows = path, manifest, rows
         self._columns: dict[str, ArrowShards] = {}
+
+    @classmethod
+    def in_memory(cls, path: Path, manifest: dict[str, Any], batches: Sequence[pa.RecordBatch]) -> PreparedData:
+        """What a folder would hold, of the file ``path``: ``batches`` of :data:`ROW_SCHEMA`, without packing."""
+        data = cls.__new__(cls)
+        data._set(path, manifest, ArrowShards.in_memory(batches))
+        return data
 
     def __len__(self) -> int:
         return self.manifest["rows"]

@@ -14,6 +14,14 @@ from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import ROW_SCHEMA
 
 INPUT_COUNTS = ("input_rows", "rows_with_errors", "rows_split_into_turns", "answers_without_end_token")
+PART_COUNTS = (
+    "tokens",
+    "trained_tokens",
+    "truncated",
+    "tokens_cut_off",
+    "dropped_overlong",
+    "dropped_nothing_to_train_on",
+)
 _ERRORS_KEPT = 20  # messages; all errors are counted
 
 

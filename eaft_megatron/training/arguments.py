@@ -48,7 +48,10 @@ def _add_model_and_data(group) -> None:
         "--hf-model", required=True, metavar="DIR", help="Hugging Face folder: config, weights, tokenizer"
     )
     group.add_argument(
-        "--data", default=None, metavar="FILE", help="JSONL: 'messages' (chat) or 'text' on each line; or --sft-data"
+        "--data",
+        default=None,
+        metavar="FILE",
+        help="JSONL, JSON or Parquet, rows as for `eaft-megatron prepare`; or --sft-data",
     )
     group.add_argument(
         "--eval-data", action="append", default=[], metavar="NAME=FILE", help="an evaluation set; may be repeated"
@@ -171,6 +174,10 @@ def _check_data(args: argparse.Namespace) -> None:
     if both := sorted(set(files) & set(folders)):
         raise ValueError(f"--eval-data and --sft-eval-data both name {both[0]!r}")
     args.eval_sets = {**files, **folders}
+    if args.sft_packing == "mask" and not (args.sft_data or folders):
+        raise ValueError(
+            "--sft-packing mask is for prepared folders: `eaft-megatron prepare` the data, or leave it out"
+        )
     for flag, path in [("--data", args.data), *(("--eval-data", path) for path in files.values())]:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{flag}: no such file: {path}")

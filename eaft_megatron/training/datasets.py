@@ -1,4 +1,4 @@
-"""Training and evaluation sets of ``eaft_megatron.train``: prepared folders, or chat JSONL read directly."""
+"""Training and evaluation sets of ``eaft_megatron.train``: prepared folders, or files prepared in memory."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eaft_megatron.data import SFTDataset
+from eaft_megatron.data.prepare import prepare_in_memory
+from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import PreparedData, check_token_ids, content_of, evaluation_folders, training_folder
 from eaft_megatron.data.samples import PreparedDataset
 from eaft_megatron.hooks import settings_from_args
 from eaft_megatron.installed import choose_transformer_impl
 
-Dataset = SFTDataset | PreparedDataset
 
-
-def read_datasets(args: argparse.Namespace) -> dict[str | None, Dataset]:
+def read_datasets(args: argparse.Namespace) -> dict[str | None, PreparedDataset]:
     """The training set under None, the evaluation sets under their names; every rank opens the same files.
 
     Sets ``args.train_samples`` and ``args.data_sha256``, by which a resumed run knows its data again.
@@ -29,21 +28,15 @@ def read_datasets(args: argparse.Namespace) -> dict[str | None, Dataset]:
 
     tokenizer = AutoTokenizer.from_pretrained(args.hf_model)
     needs = settings_from_args(args).gate().needs_side
-    datasets: dict[str | None, Dataset] = {}
-    if args.sft_data:
-        folder = training_folder(args.sft_data)
-        datasets[None] = _prepared(folder, tokenizer, args, needs)
-        content = [content_of(datasets[None].data.manifest), datasets[None].packed]
-        args.data_sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    else:
-        datasets[None] = SFTDataset(args.data, tokenizer, args.seq_length)
-        args.data_sha256 = _sha256(Path(args.data))
+    training = _open(training_folder(args.sft_data) if args.sft_data else args.data, tokenizer, args, needs)
+    content = [content_of(training.data.manifest), training.packed]
+    args.data_sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    datasets: dict[str | None, PreparedDataset] = {None: training}
     for name, path in evaluation_sets(args).items():
-        is_folder = Path(path).is_dir()
-        datasets[name] = _prepared(path, tokenizer, args) if is_folder else SFTDataset(path, tokenizer, args.seq_length)
+        datasets[name] = _open(path, tokenizer, args)
     for dataset in datasets.values():
         check_token_ids(dataset, args.true_vocab_size, args.hf_model)
-    args.train_samples = len(datasets[None])
+    args.train_samples = len(training)
     return datasets
 
 
@@ -53,9 +46,12 @@ def evaluation_sets(args: argparse.Namespace) -> dict[str, str | Path]:
     return {**sets, **args.eval_sets}
 
 
-def _prepared(path: str | Path, tokenizer: Any, args: argparse.Namespace, columns: tuple[str, ...] = ()) -> Dataset:
-    data = PreparedData(path)
-    data.check_tokenizer(tokenizer)
+def _open(path: str | Path, tokenizer: Any, args: argparse.Namespace, columns: tuple[str, ...] = ()) -> PreparedDataset:
+    if Path(path).is_dir():
+        data = PreparedData(path)
+        data.check_tokenizer(tokenizer)
+    else:
+        data = prepare_in_memory(path, tokenizer, PrepareOptions(args.seq_length, pack=False))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     return PreparedDataset(data, args.seq_length, packed=_is_packed(data, args), columns=columns, pad_token_id=pad)
 
@@ -63,7 +59,11 @@ def _prepared(path: str | Path, tokenizer: Any, args: argparse.Namespace, column
 def _is_packed(data: PreparedData, args: argparse.Namespace) -> bool:
     if args.sft_packing == "thd":
         raise ValueError("--sft-packing thd is for Megatron-LM with --sft; this entrypoint has mask and none")
-    if args.sft_packing == "none" or (args.sft_packing == "auto" and data.manifest["packing"] is None):
+    if (
+        data.path.is_file()
+        or args.sft_packing == "none"
+        or (args.sft_packing == "auto" and data.manifest["packing"] is None)
+    ):
         return False
     if choose_transformer_impl(args.transformer_impl) == "transformer_engine":
         raise ValueError(
@@ -71,7 +71,3 @@ def _is_packed(data: PreparedData, args: argparse.Namespace) -> bool:
             "give --sft-packing none (one row a sample), --transformer-impl local, or train with Megatron-LM and --sft"
         )
     return True
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -11,11 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.data import collate, micro_batch_indices
-from eaft_megatron.data.samples import block_diagonal_mask
+from eaft_megatron.data.batches import collate, micro_batch_indices
+from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
 from eaft_megatron.hooks import installed
 from eaft_megatron.hooks.metrics import METRICS
-from eaft_megatron.training.datasets import Dataset
 from eaft_megatron.training.setup import Trainer
 
 _LENGTH_MULTIPLE = 32  # samples are cut to the longest of the step, rounded up to this
@@ -47,7 +46,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Mod
 
 
 def training_batches(
-    dataset: Dataset, args: argparse.Namespace, consumed_samples: int, device: torch.device
+    dataset: PreparedDataset, args: argparse.Namespace, consumed_samples: int, device: torch.device
 ) -> Batches:
     """This data-parallel rank's micro-batches of the step that starts after ``consumed_samples``."""
     from eaft_megatron.megatron_map import parallel_state
@@ -68,7 +67,7 @@ def training_batches(
     return _load(dataset, indices(parallel_state.get_data_parallel_rank()), length, device), length
 
 
-def evaluation_batches(dataset: Dataset, args: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
+def evaluation_batches(dataset: PreparedDataset, args: argparse.Namespace, device: torch.device) -> Iterator[Batches]:
     """The first ``--eval-samples`` rows in steps of one global batch, short rows together; the last one is filled up
     with rows whose loss mask is 0."""
     from eaft_megatron.megatron_map import parallel_state
@@ -126,7 +125,9 @@ def train_step(trainer: Trainer, step: Callable, batches: Batches, args: argpars
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, step: Callable, dataset: Dataset, args: argparse.Namespace, iteration: int, device):
+def evaluate(
+    trainer: Trainer, step: Callable, dataset: PreparedDataset, args: argparse.Namespace, iteration: int, device
+):
     """Metrics over a set's valid tokens, the same on every rank; training mode is restored."""
     for chunk in trainer.model:
         chunk.eval()
@@ -176,7 +177,7 @@ def _ranks_where(condition: bool) -> list[int]:
 
 
 def _load(
-    dataset: Dataset, micro_batches: list[list[Any]], length: int, device: torch.device
+    dataset: PreparedDataset, micro_batches: list[list[Any]], length: int, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Collated micro-batches on the device; None stands for a row that does not count."""
     loaded = []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eaft_megatron.data.jsonl import read_jsonl
+from eaft_megatron.data.sources import open_sources, parse
 from eaft_megatron.files import replacing
 
 LOSS = "lm loss"
@@ -50,7 +50,10 @@ def read_run(method: str, folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     train: dict[int, Row] = {}
     evals: dict[str, dict[int, Row]] = {name: {} for name in EVAL_SETS}
-    for row in read_jsonl(path):
+    for where, line in open_sources([str(path)])[0].rows():
+        row = parse(line, where)
+        if row is None:
+            continue
         if "eval" not in row:
             train[row["iteration"]] = row
         elif row["eval"] in evals:

@@ -1,19 +1,11 @@
 """Golden tests: which characters real chat templates make the assistant's, written out by hand between « and »."""
 
-from pathlib import Path
-
 import pytest
 
 from eaft_megatron.data import encode_row
 from eaft_megatron.data.layouts import canonical_row
+from tests.data.template_tokenizers import ADDED, TEMPLATES, template_tokenizer
 
-TEMPLATES = Path(__file__).with_name("templates")
-ADDED = {
-    "qwen2.5-instruct": ("<tool_call>", "</tool_call>"),
-    "qwen3": ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
-    "glm-4-0414": ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
-    "smollm2-instruct": (),
-}
 QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 SMOL_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -29,15 +21,9 @@ RESULT = "<|im_start|>user\n<tool_response>\n7°\n</tool_response><|im_end|>\n"
 
 
 @pytest.fixture(scope="module")
-def load(make_tokenizer):
-    """The tests' byte-level tokenizer with a model's template and special tokens."""
-
-    def _load(name: str):
-        tokenizer = make_tokenizer((TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8"))
-        tokenizer.add_tokens(list(ADDED[name]), special_tokens=name.startswith("glm"))
-        return tokenizer
-
-    return _load
+def load():
+    """A tokenizer by its template's name."""
+    return template_tokenizer
 
 
 def marked(tokenizer, sample) -> str:

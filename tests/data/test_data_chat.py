@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from eaft_megatron.data import EncodedSample, encode_chat, encode_text
+from eaft_megatron.data import EncodedSample, encode_row, encode_text
 
 SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 
@@ -37,6 +37,14 @@ def user(content):
 
 def assistant(content, **extra):
     return {"role": "assistant", "content": content, **extra}
+
+
+def encode_chat(tokenizer, messages, tools=None) -> EncodedSample:
+    """A conversation that one sample holds."""
+    row = encode_row(tokenizer, {"messages": messages, "tools": tools})
+    [sample] = row.samples
+    assert not row.split
+    return sample
 
 
 def trained(tokenizer, sample: EncodedSample) -> list[str]:
@@ -83,11 +91,6 @@ def test_two_assistant_turns_in_a_row(tokenizer):
     assert trained(tokenizer, sample) == ["x<|im_end|>", "y<|im_end|>"]
 
 
-def test_no_assistant_turn_trains_nothing(tokenizer):
-    """A conversation without an answer has no labels."""
-    assert not any(encode_chat(tokenizer, [user("q")]).labels_mask)
-
-
 def test_token_across_the_header_counts_as_header(make_tokenizer):
     """Where the tokenizer joins the header's newline with the answer's, that token is not trained on."""
     tokenizer = make_tokenizer(merges=(("Ċ", "Ċ"),))
@@ -101,16 +104,6 @@ def test_header_that_ends_in_a_blank(make_tokenizer, trim_offsets):
     tokenizer = make_tokenizer(NO_END_TEMPLATE.replace("[assistant]", "[assistant] "), trim_offsets=trim_offsets)
     tokenizer.chat_template = tokenizer.chat_template.replace("+ ']' +", "+ '] ' +")
     assert trained(tokenizer, encode_chat(tokenizer, [user("q"), assistant("x y ")])) == ["x y "]
-
-
-def test_max_length_cuts_on_the_right(tokenizer):
-    """A cut sample is a prefix of the whole one, mask and all."""
-    messages = [user("q"), assistant("answer")]
-    whole = encode_chat(tokenizer, messages)
-    cut = encode_chat(tokenizer, messages, max_length=len(whole.input_ids) - 4)
-    assert cut == EncodedSample(whole.input_ids[:-4], whole.labels_mask[:-4])
-    assert trained(tokenizer, cut) == ["answ"]
-    assert encode_chat(tokenizer, messages, max_length=10_000) == whole
 
 
 @pytest.mark.parametrize("content", ["plain", "end 🙂", "", "🙂"])
@@ -137,13 +130,13 @@ def test_template_without_end_token_keeps_trailing_blanks(make_tokenizer):
     assert trained(tokenizer, encode_chat(tokenizer, [user("q"), assistant("x \n")])) == ["x \n"]
 
 
-def test_template_that_drops_earlier_thinking_is_refused(make_tokenizer):
-    """Turn 1 is rendered differently once turn 3 follows: the error says which turn."""
+def test_template_that_drops_earlier_thinking_splits_the_row(make_tokenizer):
+    """Turn 1 is rendered differently once turn 3 follows: it gets a sample of its own, with its thinking."""
     tokenizer = make_tokenizer(THINKING_TEMPLATE)
-    single = [user("q"), assistant("x", thinking="hm")]
-    assert trained(tokenizer, encode_chat(tokenizer, single)) == ["[hm]x<|im_end|>"]
-    with pytest.raises(ValueError, match=r"turn 1 \(assistant\): the chat template renders this turn"):
-        encode_chat(tokenizer, [*single, user("r"), assistant("y", thinking="ho")])
+    messages = [user("q"), assistant("x", thinking="hm"), user("r"), assistant("y", thinking="ho")]
+    row = encode_row(tokenizer, {"messages": messages})
+    assert row.split
+    assert [trained(tokenizer, sample) for sample in row.samples] == [["[hm]x<|im_end|>"], ["[ho]y<|im_end|>"]]
 
 
 def test_template_without_generation_prompt_is_refused(make_tokenizer):
@@ -161,8 +154,9 @@ def test_template_without_generation_prompt_is_refused(make_tokenizer):
         ([user("q"), "x"], "turn 1: expected an object with a 'role' string, found 'x'"),
         ([{"content": "x"}], "turn 0: expected an object with a 'role' string"),
         ([user("q"), {"role": "assistant"}], "turn 1 (assistant): no 'content' and no 'tool_calls'"),
-        ([user("q"), assistant(3)], "messages: the chat template failed: TypeError"),
-        ([assistant("x")], "turn 0 (assistant): a conversation cannot begin with the assistant"),
+        ([user("q"), assistant(3)], "the chat template failed: TypeError"),
+        ([assistant("x")], "no assistant turn that answers something: nothing to train on (roles: assistant)"),
+        ([user("q")], "no assistant turn that answers something: nothing to train on (roles: user)"),
     ],
 )
 def test_bad_messages(tokenizer, messages, message):

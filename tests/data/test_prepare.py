@@ -16,7 +16,7 @@ pytest.importorskip("datasets")
 
 from eaft_megatron.cli import main
 from eaft_megatron.data import encoding
-from eaft_megatron.data.chat import encode_chat
+from eaft_megatron.data.chat import encode_row
 from eaft_megatron.data.encoding import _in_order
 from eaft_megatron.data.prepare import prepare, repack
 from eaft_megatron.data.prepare_options import PrepareOptions
@@ -51,13 +51,13 @@ def tokenizer_dir(tmp_path_factory) -> str:
 
 
 def test_rows_are_those_of_the_tokenizer(tmp_path, tokenizer_dir, tokenizer):
-    """Each row holds the ids and the mask that encode_chat gives, in the order of the file, and where it stood."""
+    """Each row holds the ids and the mask that encode_row gives, in the order of the file, and where it stood."""
     rows = chats(20)
     prepare([write(tmp_path / "a.jsonl", rows)], tokenizer_dir, tmp_path / "out", PrepareOptions(512))
     data = PreparedData(tmp_path / "out")
     assert len(data) == 20
     for index, row in enumerate(rows):
-        expected, actual = encode_chat(tokenizer, row["messages"]), data[index]
+        [expected], actual = encode_row(tokenizer, row).samples, data[index]
         assert actual.input_ids.tolist() == expected.input_ids
         assert actual.labels_mask.tolist() == list(expected.labels_mask)
         assert (actual.sequence_id, actual.source) == (index, f"{tmp_path}/a.jsonl:{index + 1}")

@@ -139,6 +139,7 @@ def test_folder_opened_as_a_dataset(tmp_path, monkeypatch):
         ("a.jsonl", b"\n \n", ": the file holds no rows"),
         ("a.jsonl", b'{"a": 1}\n{"a": 1', ":2: broken JSON, column 8: "),
         ("a.jsonl", b"\n[1]", ":2: expected a JSON object, found list"),
+        ("a.jsonl", b"null", ":1: expected a JSON object, found NoneType"),
         ("a.jsonl", b'{"a": "\xff"}', ":1: not UTF-8"),
         ("a.jsonl.gz", b"no gzip", ": broken gzip: "),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-12], ": broken gzip: "),

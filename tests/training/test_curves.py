@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
-from eaft_megatron.data import SFTDataset, collate, micro_batch_indices
+from eaft_megatron.data import collate, micro_batch_indices
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
-from tests.training.tiny_run import arguments, metrics, train_in_process
+from tests.training.tiny_run import arguments, metrics, samples, train_in_process
 
 LAYOUTS = {  # name: (tensor, pipeline, data, more flags)
     "tp1 pp1": (1, 1, 1, ()),
@@ -39,8 +39,7 @@ def _hugging_face_curve(folder, loss_type: str) -> list[dict[str, float]]:
     import transformers
 
     model = transformers.LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
-    data = SFTDataset(folder / "train.jsonl", tokenizer, 128)
+    data = samples(folder / "model", folder / "train.jsonl", 128)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     curve = []
     for step in range(5):

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from eaft_megatron.data import SFTDataset, micro_batch_indices
-from tests.training.tiny_run import arguments, metrics, torchrun
+from eaft_megatron.data import micro_batch_indices
+from tests.training.tiny_run import arguments, metrics, samples, torchrun
 
 FINISH_S = 150
 
@@ -88,8 +88,7 @@ def test_another_layout_resumes_and_exports(folder):
     for ours, truth in zip(metrics(folder, "resharded"), metrics(folder, "straight"), strict=True):
         assert ours["eaft loss"] == pytest.approx(truth["eaft loss"], rel=1e-5)
     model = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-    data = SFTDataset(folder / "held_out.jsonl", tokenizer, 128)
+    data = samples(exported, folder / "held_out.jsonl", 128)
     total = count = 0.0
     for sample in data:
         with torch.no_grad():

@@ -7,19 +7,30 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tests.data.conftest import build_tokenizer
+
+if TYPE_CHECKING:
+    from eaft_megatron.data.samples import PreparedDataset
 
 HEADS, KV_HEADS, LAYERS = 4, 2, 4
 
 
 def write_inputs(folder: Path) -> None:
     """model/ (random weights, vocabulary of 259, which no padding divides), train.jsonl and held_out.jsonl."""
+    write_model(folder / "model", build_tokenizer())
+    for name, start, count in (("train", 0, 24), ("held_out", 100, 5)):
+        rows = [_chat(number) for number in range(start, start + count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_model(folder: Path, tokenizer: Any) -> None:
+    """A tiny Llama for a tokenizer, as a Hugging Face folder."""
     import transformers
 
-    tokenizer = build_tokenizer()
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -32,11 +43,8 @@ def write_inputs(folder: Path) -> None:
         initializer_range=0.2,
     )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    for name, start, count in (("train", 0, 24), ("held_out", 100, 5)):
-        rows = [_chat(number) for number in range(start, start + count)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _chat(number: int) -> dict:
@@ -44,6 +52,19 @@ def _chat(number: int) -> dict:
     question, answer = f"{number} + 1?", f"{number + 1}, " * (1 + number * 7 % 11)
     roles = [("system", "add"), ("user", question), ("assistant", answer)]
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
+
+
+def samples(model: Path, file: Path, seq_length: int) -> PreparedDataset:
+    """A JSONL file as `--data` reads it."""
+    import transformers
+
+    from eaft_megatron.data.prepare import prepare_in_memory
+    from eaft_megatron.data.prepare_options import PrepareOptions
+    from eaft_megatron.data.samples import PreparedDataset
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    data = prepare_in_memory(file, tokenizer, PrepareOptions(seq_length, pack=False))
+    return PreparedDataset(data, seq_length, packed=False)
 
 
 def arguments(folder: Path, run: str, *extra: str) -> list[str]:
