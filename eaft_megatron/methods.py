@@ -1,6 +1,6 @@
 """The table of methods: one row says all that flags, recipes, refusals, pages and documents need to know of a method.
 
-A new method is a gate (:mod:`eaft_megatron.loss.gates`) and a row of :data:`METHODS` or :data:`EAFT_GATES`. Each option
+A new method is a gate (:mod:`eaft_megatron.loss.gate`) and a row of :data:`METHODS` or :data:`EAFT_GATES`. Each option
 of the row is then a keyword of ``LossSettings``, a flag of ``run`` and ``train``, and a key of a recipe's ``loss:``.
 """
 
@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from eaft_megatron.loss import gates
-from eaft_megatron.loss.gates import Gate
+from eaft_megatron.loss import base_model_gates, gates, probability_gates
+from eaft_megatron.loss.gate import Gate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +87,7 @@ _ENTROPY_NORM = Option(
 _PERCENTILE = Option(
     "percentile",
     "--eaft-percentile",
-    "threshold gate and conflict mask: percentile of the micro-batch (paper: 15)",
+    "threshold gate and conflict mask: percentile of the micro-batch (the paper's and the mask's default: 15)",
     metavar="PCT",
 )
 
@@ -117,15 +117,25 @@ EAFT_GATES: dict[str, Method] = {
     ),
     "conflict-mask": Method(
         gates.ConflictMaskGate,
-        "0 where H and p are both below their 15th percentiles",
-        (_ENTROPY_NORM, _PERCENTILE),
-        landscape={"conflict mask": {"percentile": 15.0}},
+        "0 where H and p are both below their 15th percentiles, or both below fixed limits",
+        (
+            _ENTROPY_NORM,
+            _PERCENTILE,
+            Option("conflict_entropy", "--eaft-conflict-entropy",
+                   "conflict mask with fixed limits: on h (0.17 is what the conflict rate counts)", metavar="H"),
+            Option("conflict_probability", "--eaft-conflict-probability",
+                   "conflict mask with fixed limits: on p (0.1 is what the conflict rate counts)", metavar="P"),
+        ),
+        landscape={
+            "conflict mask": {"percentile": 15.0},
+            "fixed conflict mask": {"conflict_entropy": 0.17, "conflict_probability": 0.1},
+        },
     ),
 }  # fmt: skip
 """``--eaft-gate`` -> the row; the first one is the default."""
 
 METHODS: dict[str, Method | dict[str, Method]] = {
-    "sft": Method(gates.SFTGate, "1"),
+    "sft": Method(gates.SFTGate, "1", landscape={"sft": {}}),
     "eaft": EAFT_GATES,
     "dft": Method(gates.DFTGate, "`p`", source="arXiv 2508.05629", landscape={"dft": {}}),
     "talr": Method(
@@ -138,11 +148,13 @@ METHODS: dict[str, Method | dict[str, Method]] = {
                    metavar="W", default=0.01, argument="min_weight"),
         ),
         source="arXiv 2509.20758",
+        landscape={"talr": {}},
     ),
     "flow": Method(
         gates.FLOWGate,
         "`exp(-f / median f)` per sample, f the frozen base model's loss",
         source="arXiv 2502.02797",
+        landscape={"flow": {}},
     ),
     "sft-kl": Method(
         gates.SFTKLGate,
@@ -151,6 +163,87 @@ METHODS: dict[str, Method | dict[str, Method]] = {
             Option("sft_kl_beta", "--sft-kl-beta", "SFT-KL: weight of the KL term (default: 0.5)",
                    metavar="B", default=0.5, argument="beta"),
         ),
+        landscape={"sft-kl": {}},
+    ),
+    "power": Method(
+        probability_gates.PowerGate,
+        "`p ** q`; for q < 0 at most 10",
+        (
+            Option("power_exponent", "--power-exponent", "power: q of p ** q; 1 is dft, 0 is sft (default: 1)",
+                   metavar="Q", default=1.0, argument="exponent"),
+            Option("power_max_weight", "--power-max-weight", "power: limit of the weight for q < 0 (default: 10)",
+                   metavar="W", default=10.0, argument="max_weight"),
+        ),
+        source="arXiv 2510.00526",
+        landscape={"power 8": {"exponent": 8.0}, "power 0.5": {"exponent": 0.5}, "power -0.5": {"exponent": -0.5}},
+    ),
+    "profit": Method(
+        probability_gates.ProFitGate,
+        "1 where p is at least 0.1, else 0",
+        (
+            Option("profit_threshold", "--profit-threshold", "ProFit: train where p >= P (default: 0.1)",
+                   metavar="P", default=0.1, argument="threshold"),
+        ),
+        source="arXiv 2601.09195",
+        landscape={"profit": {}},
+    ),
+    "trsft": Method(
+        probability_gates.TrSFTGate,
+        "`min(1, p / 0.1)`",
+        (
+            Option("trsft_threshold", "--trsft-threshold", "TrSFT: weight 1 from this p on (default: 0.1)",
+                   metavar="P", default=0.1, argument="threshold"),
+        ),
+        source="arXiv 2512.17636",
+        landscape={"trsft": {}},
+    ),
+    "deft": Method(
+        probability_gates.DEFTGate,
+        "`p ** sum_v p_v ** 2`",
+        source="arXiv 2602.11424",
+        landscape={"deft": {}},
+    ),
+    "asft": Method(
+        base_model_gates.ASFTGate,
+        "`p`, plus `0.05 * k3` to the frozen base model",
+        (
+            Option("asft_kl", "--asft-kl", "ASFT: weight of the KL term (default: 0.05)",
+                   metavar="L", default=0.05, argument="kl"),
+        ),
+        source="arXiv 2509.23753",
+        landscape={"asft": {}},
+    ),
+    "psft": Method(
+        base_model_gates.PSFTGate,
+        "`r` where `r = p / p_base` is below 1.28, else 0",
+        (
+            Option("psft_clip", "--psft-clip", "PSFT: no gradient from p / p_base = 1 + C on (default: 0.28)",
+                   metavar="C", default=0.28, argument="clip"),
+        ),
+        source="arXiv 2508.17784, against the base",
+        landscape={"psft": {}},
+    ),
+    "stm": Method(
+        base_model_gates.STMGate,
+        "0 where the frozen base model's `1 / p` is above 2.5, else 1",
+        (
+            Option("stm_perplexity", "--stm-perplexity", "STM: leave out tokens of more perplexity (default: 2.5)",
+                   metavar="P", default=2.5, argument="perplexity"),
+        ),
+        source="arXiv 2501.14315",
+        landscape={"stm": {}},
+    ),
+    "iw-sft": Method(
+        base_model_gates.IWSFTGate,
+        "`min(exp(mean log p / p_base), 16)` per sequence; `p / p_base` in [0.2, 1.8] per token",
+        (
+            Option("iw_sft_level", "--iw-sft-level", "iw-SFT: a weight for each (default: sequence)", kind=str,
+                   default="sequence", argument="level", choices=("sequence", "token")),
+            Option("iw_sft_temperature", "--iw-sft-temperature", "iw-SFT: factor of the mean log-ratio (default: 1)",
+                   metavar="T", default=1.0, argument="temperature"),
+        ),
+        source="arXiv 2507.12856",
+        landscape={"iw-sft": {}, "iw-sft token": {"level": "token"}},
     ),
 }  # fmt: skip
 """``--loss-type`` -> the row, or the rows among which ``--eaft-gate`` chooses."""

@@ -45,7 +45,7 @@ def conflict_examples(
     candidates = np.flatnonzero(conflict)
     candidates = candidates[np.argsort(tokens.logprob[candidates], kind="stable")]
     taken: dict[int, int] = {}
-    examples = []
+    examples: list[dict[str, Any]] = []
     for index in candidates:
         row, position = int(tokens.row[index]), int(tokens.position[index])
         if len(examples) == top:

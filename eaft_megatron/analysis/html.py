@@ -19,29 +19,51 @@ from eaft_megatron.analysis.token_scores import LOGPROB, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData
 from eaft_megatron.files import write_text
 
-_LONGEST = 2048  # tokens shown of a row
+LONGEST = 2048
+"""Tokens shown of a row."""
 
 
-def page_sample(data: PreparedData, tokenizer: Any, row: int, limits: dict[str, float]) -> dict[str, Any]:
-    """One row for the page: ``texts``, ``p``, ``h`` (nats) and ``trained`` of each token, and how many conflict.
+def page_sample(
+    data: PreparedData, tokenizer: Any, row: int, limits: dict[str, float], weights: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """One row for the page.
 
-    The first token has neither p nor h (null).
+    Args:
+        limits: "entropy" (nats) and "probability", below which a trained token is a conflict.
+        weights: gate -> weight of each token shown but the first.
+
+    Returns:
+        ``texts``, ``p``, ``h`` (nats) and ``trained`` of each token, ``conflict``: the places of those that conflict,
+        ``w``: gate -> weights, one number where all are equal. The first token has no p, h and weight (null).
     """
     found = data[row]
-    ids, trained = found.input_ids[:_LONGEST], found.labels_mask[:_LONGEST]
+    ids, trained = found.input_ids[:LONGEST], found.labels_mask[:LONGEST]
     logprob, entropy = (data.column(name, row)[: len(ids)].astype(np.float64) for name in (LOGPROB, TOPK_ENTROPY))
     probability = np.exp(logprob)
     conflict = (entropy < limits["entropy"]) & (probability < limits["probability"]) & trained
+    conflict[:1] = False
     return {
         "row": row,
         "source": os.path.basename(found.source),
         "tokens": int(data.lengths[row]),
-        "conflicts": int(conflict[1:].sum()),
+        "conflict": np.flatnonzero(conflict).tolist(),
         "texts": token_texts(tokenizer, ids.tolist()),
-        "p": [None, *(float(f"{value:.5g}") for value in probability[1:])],
-        "h": [None, *(float(f"{value:.5g}") for value in entropy[1:])],
+        "p": [None, *_short(probability[1:], 5)],
+        "h": [None, *_short(entropy[1:], 5)],
+        "w": {name: _weights(values) for name, values in weights.items()},
         "trained": [int(flag) for flag in trained],
     }
+
+
+def _weights(values: np.ndarray) -> float | list[float | None]:
+    short = _short(values, 4)
+    return short[0] if len(set(short)) == 1 else [None, *short]
+
+
+def _short(values: np.ndarray, digits: int) -> list[float]:
+    """As few characters as will do: 0 and 1 without a point."""
+    numbers = [float(f"{value:.{digits}g}") for value in values]
+    return [int(number) if number.is_integer() else number for number in numbers]
 
 
 def write_page(path: str | os.PathLike, summary: dict[str, Any], samples: list[dict[str, Any]], pictures: list) -> None:
@@ -54,8 +76,7 @@ def write_page(path: str | os.PathLike, summary: dict[str, Any], samples: list[d
         samples: of :func:`page_sample`.
         pictures: PNG files, which become part of the page.
     """
-    names = ("topk", "percentile", "thresholds")
-    content = {**{name: summary[name] for name in names}, "samples": samples}
+    content = {"gates": list(summary["gates"]), "samples": samples}
     # "</script>" or "<!--" in a sample would end the element.
     packed = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     encoded = [base64.b64encode(Path(picture).read_bytes()).decode() for picture in pictures]

@@ -3,13 +3,15 @@ what each gate makes of that, and whether top-K entropy tells the truth."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from eaft_megatron.analysis.tokens import ScoredTokens
-from eaft_megatron.loss.gates import Gate, GateContext
+from eaft_megatron.loss.gate import Gate, GateContext
+from eaft_megatron.loss.gates import flow_sample_weights
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.methods import rows
 
@@ -23,7 +25,7 @@ QUADRANTS = {
 
 
 def gates(percentile: float) -> dict[str, Gate]:
-    """The gates of the table of methods that are compared, by the names under which they are reported."""
+    """Every gate of the table of methods, by the names under which they are reported."""
     compared: dict[str, Gate] = {}
     for *_, method in rows():
         for name, arguments in (method.landscape or {}).items():
@@ -70,7 +72,7 @@ def summarize(tokens: ScoredTokens, percentile: float = 15.0) -> dict[str, Any]:
         "mean_entropy": float(tokens.entropy.mean(dtype=np.float64)),
         "mean_probability": float(tokens.probability.mean(dtype=np.float64)),
         "quadrants": _quadrants(tokens, quadrant, loss),
-        "gates": {name: _gate_effect(gate, tokens, quadrant, loss) for name, gate in gates(percentile).items()},
+        "gates": {name: _gate_effect(weight, quadrant, loss) for name, weight in _weights(tokens, percentile)},
         "fidelity": fidelity(tokens),
     }
 
@@ -91,10 +93,10 @@ def _quadrants(tokens: ScoredTokens, quadrant: np.ndarray, loss: np.ndarray) -> 
     return found
 
 
-def _gate_effect(gate: Gate, tokens: ScoredTokens, quadrant: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
+def _gate_effect(weight: np.ndarray, quadrant: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
     """What is left of the loss: ``loss_kept`` of all of it, ``kept`` of that of each quadrant, and of what is left the
     quadrants' ``loss_share``."""
-    weight = gate_weights(gate, tokens).astype(np.float64)
+    weight = weight.astype(np.float64)
     weighted = weight * loss
     sums = [(weighted[quadrant == number].sum(), loss[quadrant == number].sum()) for number in range(len(QUADRANTS))]
     return {
@@ -105,12 +107,50 @@ def _gate_effect(gate: Gate, tokens: ScoredTokens, quadrant: np.ndarray, loss: n
     }
 
 
-def gate_weights(gate: Gate, tokens: ScoredTokens) -> np.ndarray:
-    """``[n]`` float32: the weight that a gate gives each token, all of them taken as one batch."""
-    loss = torch.from_numpy(-tokens.logprob)
-    valid = torch.ones(len(tokens), dtype=torch.bool)
-    stats = TokenStats(loss, torch.from_numpy(tokens.entropy), None, valid, tokens.topk)
-    return gate.weight(stats, GateContext()).numpy()
+def shown_weights(tokens: ScoredTokens, shown: ScoredTokens, percentile: float = 15.0) -> dict[str, np.ndarray]:
+    """Gate -> ``[len(shown)]`` float32 weights of ``shown``, rows among those of ``tokens``.
+
+    Percentiles, medians and means are those of ``tokens`` alone, as in :func:`summarize`.
+    """
+    return {name: weight[len(tokens) :] for name, weight in _weights(tokens, percentile, shown)}
+
+
+def _weights(
+    tokens: ScoredTokens, percentile: float, shown: ScoredTokens | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(gate, float32 weights of ``tokens``, then of ``shown``), all as one batch in which ``shown`` does not count.
+
+    The model in training is the one that scored, so these are the weights of the first step: p / p_base is 1. A gate
+    whose numbers were not scored is left out.
+    """
+    parts = [tokens] if shown is None else [tokens, shown]
+
+    def column(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([getattr(part, name) for part in parts]))
+
+    loss, rows = -column("logprob"), column("row")
+    valid = torch.arange(len(loss)) < len(tokens)
+    squares = None if tokens.sum_p_squared is None else column("sum_p_squared")
+    stats = TokenStats(loss, column("entropy"), None, valid, tokens.topk, squares)
+    side = {"ref_logprob": -loss}
+    if (samples := _sample_weights(loss, valid, rows)) is not None:
+        side["sample_weight"] = samples
+    context = GateContext(side, rows)
+    for name, gate in gates(percentile).items():
+        if set(gate.needs_side) <= set(side) and (squares is not None or "sum_p_squared" not in gate.needs):
+            yield name, gate.weight(stats, context).numpy()
+
+
+def _sample_weights(loss: torch.Tensor, valid: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """FLOW's weight of each token's row; None where their median loss is 0: FLOW has none then."""
+    _, row = rows.unique(return_inverse=True)
+    means = torch.zeros(int(row.max()) + 1, dtype=torch.float64).scatter_reduce_(
+        0, row[valid], loss[valid].double(), "mean", include_self=False
+    )
+    try:
+        return flow_sample_weights(means)[row].float()
+    except ValueError:
+        return None
 
 
 def fidelity(tokens: ScoredTokens) -> dict[str, dict[str, float | None]]:

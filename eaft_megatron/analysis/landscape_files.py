@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from eaft_megatron.analysis.conflicts import conflict_examples, conflict_table, sample_rows
-from eaft_megatron.analysis.html import page_sample, write_page
-from eaft_megatron.analysis.landscape import quadrant_of, summarize
+from eaft_megatron.analysis.html import LONGEST, page_sample, write_page
+from eaft_megatron.analysis.landscape import quadrant_of, shown_weights, summarize
 from eaft_megatron.analysis.plots import draw_gates, draw_plane
-from eaft_megatron.analysis.tokens import read_tokens
+from eaft_megatron.analysis.tokens import ScoredTokens, read_rows, read_tokens
 from eaft_megatron.data.prepared import PreparedData
 from eaft_megatron.files import write_text
 
@@ -61,7 +61,22 @@ def write_landscape(
     draw_plane(tokens, summary, output / PLANE)
     draw_gates(summary, output / GATES)
     write_text(output / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    rows = sample_rows(tokens, conflict, samples)
-    shown = [page_sample(data, tokenizer, row, summary["thresholds"]) for row in rows]
+    shown = page_samples(data, tokenizer, tokens, sample_rows(tokens, conflict, samples), summary)
     write_page(output / PAGE, summary, shown, [output / PLANE, output / GATES])
     return summary
+
+
+def page_samples(
+    data: PreparedData, tokenizer: Any, tokens: ScoredTokens, rows: list[int], summary: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """:func:`page_sample` of each of ``rows``, with the weights that its tokens have among ``tokens``."""
+    if not rows:
+        return []
+    shown = read_rows(data, rows, which="all", longest=LONGEST)
+    weights = shown_weights(tokens, shown, summary["percentile"])
+    samples = []
+    for row in rows:
+        inside = shown.row == row
+        of_row = {name: values[inside] for name, values in weights.items()}
+        samples.append(page_sample(data, tokenizer, row, summary["thresholds"], of_row))
+    return samples

@@ -44,7 +44,7 @@ summary { cursor: pointer; font-weight: 600; margin: .3rem 0; }
 <nav id="list" aria-label="samples"></nav>
 <main>
 <label>Gate <select id="gate"></select></label>
-<span>weight 0 <span class="scale"></span> 1</span>
+<span>weight 0 <span class="scale"></span> 1 and more</span>
 <span>· outlined: confident conflict · pale: not trained on</span>
 <div id="tokens" aria-live="polite"></div>
 </main>
@@ -54,21 +54,14 @@ summary { cursor: pointer; font-weight: 600; margin: .3rem 0; }
 <script>
 "use strict";
 const content = JSON.parse(document.getElementById("content").textContent);
-const limits = content.thresholds, logK = Math.log(content.topk);
-const isConflict = (p, h) => h < limits.entropy && p < limits.probability;
-const gates = {
-  "linear": (p, h) => h / logK,
-  "alpha 2": (p, h) => (h / logK) ** 2,
-  "alpha 3": (p, h) => (h / logK) ** 3,
-  "sigmoid": (p, h) => 1 / (1 + Math.exp(-30 * (h / logK - 0.17))),
-  "threshold": (p, h) => h > limits.entropy ? 1 : 0,
-  "conflict mask": (p, h) => isConflict(p, h) ? 0 : 1,
-  "dft": (p, h) => p,
-};
 const list = document.getElementById("list"), tokens = document.getElementById("tokens");
 const tip = document.getElementById("tip"), gate = document.getElementById("gate");
 let shown = 0, pinned = null;
 
+function weight(sample, i) {
+  const w = sample.w[gate.value];
+  return typeof w === "number" ? w : w[i];
+}
 function color(w) {
   return w < 0.5 ? `rgba(217, 95, 2, ${(0.6 * (1 - 2 * w)).toFixed(3)})`
                  : `rgba(31, 119, 180, ${(0.6 * (2 * Math.min(w, 1) - 1)).toFixed(3)})`;
@@ -77,17 +70,16 @@ function show(index) {
   shown = index;
   pinned = null;
   tip.hidden = true;
-  const sample = content.samples[index], weight = gates[gate.value];
+  const sample = content.samples[index], conflicts = new Set(sample.conflict);
   const part = document.createDocumentFragment();
   sample.texts.forEach((text, i) => {
     const span = document.createElement("span");
     span.textContent = text;
     span.dataset.i = i;
-    const p = sample.p[i], h = sample.h[i];
-    if (p === null || !sample.trained[i]) span.className = "plain";
+    if (sample.p[i] === null || !sample.trained[i]) span.className = "plain";
     else {
-      span.style.background = color(weight(p, h));
-      if (isConflict(p, h)) span.className = "conflict";
+      span.style.background = color(weight(sample, i));
+      if (conflicts.has(i)) span.className = "conflict";
     }
     part.append(span);
   });
@@ -99,7 +91,7 @@ function show(index) {
 function describe(span, x, y) {
   const sample = content.samples[shown], i = Number(span.dataset.i), p = sample.p[i], h = sample.h[i];
   tip.textContent = JSON.stringify(sample.texts[i]) + `  token ${i}\\n` + (p === null ? "nothing predicts it" :
-    `p ${p.toPrecision(4)}\\nH ${h.toPrecision(4)} nats\\nw ${gates[gate.value](p, h).toPrecision(4)}` +
+    `p ${p.toPrecision(4)}\\nH ${h.toPrecision(4)} nats\\nw ${weight(sample, i).toPrecision(4)}` +
     (sample.trained[i] ? "" : "\\nnot trained on"));
   tip.hidden = false;
   tip.style.left = Math.min(x + 12, innerWidth - tip.offsetWidth - 4) + "px";
@@ -108,7 +100,7 @@ function describe(span, x, y) {
 content.samples.forEach((sample, index) => {
   const button = document.createElement("button"), note = document.createElement("small");
   button.textContent = `row ${sample.row}`;
-  note.textContent = `${sample.tokens} tokens, ${sample.conflicts} conflicts · ${sample.source}`;
+  note.textContent = `${sample.tokens} tokens, ${sample.conflict.length} conflicts · ${sample.source}`;
   button.append(note);
   button.addEventListener("click", () => show(index));
   list.append(button);
@@ -131,7 +123,7 @@ tokens.addEventListener("click", event => {
   pinned.classList.add("pinned");
   describe(pinned, event.clientX, event.clientY);
 });
-for (const name of Object.keys(gates)) gate.add(new Option(name));
+for (const name of content.gates) gate.add(new Option(name));
 gate.addEventListener("change", () => show(shown));
 if (content.samples.length) show(0);
 </script>

@@ -89,13 +89,14 @@ def _write_shares(axis: Any, summary: dict[str, Any]) -> None:
 
 
 def draw_gates(summary: dict[str, Any], path: str | os.PathLike) -> None:
-    """Loss mass before (sft) and after each gate, by quadrant; 100% is the cross entropy of all tokens."""
+    """Loss mass that each gate leaves (sft: all of it), by quadrant; 100% is the cross entropy of all tokens."""
     pyplot = _pyplot()
     before = {name: found["loss_share"] or 0 for name, found in summary["quadrants"].items()}
-    bars = {"none (sft)": before}
-    for name, effect in summary["gates"].items():
-        bars[name] = {part: before[part] * (effect["kept"][part] or 0) for part in QUADRANTS}
-    figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    bars = {
+        name: {part: before[part] * (effect["kept"][part] or 0) for part in QUADRANTS}
+        for name, effect in summary["gates"].items()
+    }
+    figure, axis = pyplot.subplots(figsize=(8, 1.5 + 0.28 * len(bars)), layout="constrained")
     left = np.zeros(len(bars))
     for part, text in QUADRANTS.items():
         widths = np.array([100 * bar[part] for bar in bars.values()])

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from eaft_megatron._version import __version__
 from eaft_megatron.analysis.batching import WINDOW_TOKENS, batches, windows
-from eaft_megatron.analysis.token_scores import ENTROPY, IGNORED, LOGPROB, TOPK_ENTROPY
+from eaft_megatron.analysis.token_scores import ENTROPY, IGNORED, LOGPROB, SUM_P_SQUARED, TOPK_ENTROPY
 from eaft_megatron.data.prepared import PreparedData, write_column
 from eaft_megatron.files import replacing, write_json
 
 FIDELITY_TOPK = (5, 10, 20, 50)
-_SCORES = re.compile(rf"{LOGPROB}|{ENTROPY}|{TOPK_ENTROPY}(_\d+)?")
+_SCORES = re.compile(rf"{LOGPROB}|{ENTROPY}|{SUM_P_SQUARED}|{TOPK_ENTROPY}(_\d+)?")
 _REQUEST = "request.json"
 
 
@@ -39,6 +39,7 @@ class ScoreOptions:
         fidelity: also ``topk_entropy_K`` for K = 5, 10, 20, 50 (but ``topk``'s own), and ``entropy`` to compare with.
         batch_tokens: positions of a batch, padding included; a longer row makes a batch of its own.
         overwrite: replace scores of another model.
+        sum_p_squared: also write ``sum_p_squared``, the chance that two draws from the prediction agree.
     """
 
     topk: int = 20
@@ -46,6 +47,7 @@ class ScoreOptions:
     fidelity: bool = False
     batch_tokens: int = 4096
     overwrite: bool = False
+    sum_p_squared: bool = False
 
     def __post_init__(self) -> None:
         if self.topk < 2:
@@ -59,6 +61,8 @@ class ScoreOptions:
         columns: dict[str, int | None] = {LOGPROB: None, TOPK_ENTROPY: self.topk}
         if self.full_entropy or self.fidelity:
             columns[ENTROPY] = None
+        if self.sum_p_squared:
+            columns[SUM_P_SQUARED] = None
         if self.fidelity:
             columns |= {f"{TOPK_ENTROPY}_{k}": k for k in FIDELITY_TOPK if k != self.topk}
         return columns
@@ -253,6 +257,7 @@ def _score_windows(
             parts = [make_batch(data, rows) for rows in batches(data.lengths, begin, end, options.batch_tokens)]
             scores = backend.run(parts, plan.scored, bar.update)
             if team.writes:
+                assert scores is not None
                 values = _in_row_order(data, (begin, end), parts, scores, plan.scored)
                 with replacing(_part(folder, (begin, end)), durable=True) as partial:
                     np.save(partial, values)

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.gates import SFTGate
+from eaft_megatron.loss.probability_gates import DEFTGate
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss, vocab_parallel_topk_entropy
 
-LOGPROB, TOPK_ENTROPY, ENTROPY = "ref_logprob", "topk_entropy", "entropy"
+LOGPROB, TOPK_ENTROPY, ENTROPY, SUM_P_SQUARED = "ref_logprob", "topk_entropy", "entropy", "sum_p_squared"
 _CHUNK = {"cpu": 1 << 20}  # logits of a rank that the full entropy looks at together: on a CPU they stay in cache
 IGNORED = -100
 
@@ -27,23 +28,29 @@ def score_logits(
     Args:
         logits: ``[b, s, V_local]``, this rank's columns.
         target: ``[b, s]`` int64 token ids, ``IGNORED`` where there is none; those get 0.
-        columns: name -> K of a top-K entropy; None for ``ref_logprob`` and the full ``entropy``.
+        columns: name -> K of a top-K entropy; None for ``ref_logprob``, the full ``entropy`` and ``sum_p_squared``.
         vocab_size: the true vocabulary; columns beyond it are padding.
         group: tensor-parallel process group.
     """
     first = columns.get(TOPK_ENTROPY) or 20
-    loss, stats = vocab_parallel_token_loss(
-        logits, target, SFTGate(), group=group, topk=first, vocab_size=vocab_size, return_stats=True
+    gate = DEFTGate() if SUM_P_SQUARED in columns else SFTGate()  # the one that has the squares added up
+    _, stats = vocab_parallel_token_loss(
+        logits, target, gate, group=group, topk=first, vocab_size=vocab_size, return_stats=True
     )
+    assert stats.entropy is not None
     scores = {}
     for name, topk in columns.items():
         if name == LOGPROB:
-            values = -loss
+            values = -stats.ce
+        elif name == SUM_P_SQUARED:
+            assert stats.sum_p_squared is not None
+            values = stats.sum_p_squared
         elif name == ENTROPY:
             values = full_entropy(logits, vocab_size=vocab_size, group=group)
         elif topk == first:
             values = stats.entropy
         else:
+            assert topk is not None
             values = vocab_parallel_topk_entropy(logits, group=group, topk=topk, vocab_size=vocab_size)
         scores[name] = values.float().masked_fill(target == IGNORED, 0)
     return scores

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also topk_entropy_K for K = 5, 10, 20, 50, and entropy: `landscape` then tells how close they are",
     )
+    scores.add_argument(
+        "--sum-p-squared", action="store_true", help="also sum_p_squared, by which `landscape` shows deft"
+    )
     scores.add_argument("--overwrite", action="store_true", help="replace scores of another model")
     how = parser.add_argument_group("execution")
     how.add_argument(
@@ -53,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
     from eaft_megatron.data.encoding import load_tokenizer
     from eaft_megatron.data.prepared import PreparedData, evaluation_folders, training_folder
 
-    options = ScoreOptions(args.topk, args.full_entropy, args.fidelity, args.batch_tokens, args.overwrite)
+    options = ScoreOptions(
+        args.topk, args.full_entropy, args.fidelity, args.batch_tokens, args.overwrite, args.sum_p_squared
+    )
     parts = [PreparedData(path) for path in (training_folder(args.folder), *evaluation_folders(args.folder).values())]
     tokenizer = load_tokenizer(args.tokenizer or args.model)
     record: dict[str, Any] = {"model": model_record(args.model)}

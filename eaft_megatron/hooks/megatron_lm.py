@@ -23,7 +23,7 @@ from eaft_megatron.hooks.reporting import watch_training
 from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.hooks.side_columns import rebind_get_batch
-from eaft_megatron.loss.gates import Gate
+from eaft_megatron.loss.gate import Gate
 from eaft_megatron.megatron_map import release, validate_args_modules
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"

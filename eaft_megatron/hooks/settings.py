@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from eaft_megatron.loss.gates import Gate
+from eaft_megatron.loss.gate import Gate
 from eaft_megatron.methods import EAFT_GATES, METHODS, Method, Option, method_options, rows
 
 

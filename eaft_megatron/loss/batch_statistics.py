@@ -40,19 +40,39 @@ def median_of_sequence_means(
     A sequence may be spread over the group (context parallelism): what counts is its id. Sequences with no valid
     token are left out; NaN if none has one. Two all-gathers, of N ids and of N x 2 numbers per rank.
     """
+    means, _ = _means_by_sequence(ce, valid, sequence_ids, group)
+    return _masked_quantile(means, means.isfinite(), 0.5).to(ce.dtype)
+
+
+def sequence_means(values: Tensor, valid: Tensor, sequence_ids: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """``[N]``, dtype of ``values``: to each token the mean over its sequence's valid tokens, wherever in the group.
+
+    NaN in sequences with no valid token. The all-gathers of :func:`median_of_sequence_means`.
+    """
+    means, sequence = _means_by_sequence(values, valid, sequence_ids, group)
+    rank = 0 if group is None else dist.get_rank(group)
+    count = values.shape[0]
+    return means[sequence[rank * count : (rank + 1) * count]].to(values.dtype)
+
+
+def _means_by_sequence(
+    values: Tensor, valid: Tensor, sequence_ids: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """``(means, sequence)``, both with an entry for each token of the group, rank by rank: float64 means over valid
+    tokens, the sequences ordered by id and NaN beyond the last; and which of them each token belongs to."""
     ids = all_gather_rows(sequence_ids, group).flatten()
-    rows = all_gather_rows(torch.stack([ce, valid.to(ce.dtype)], dim=1), group).flatten(0, 1)
+    rows = torch.stack([torch.where(valid, values, 0), valid.to(values.dtype)], dim=1)
+    rows = all_gather_rows(rows, group).flatten(0, 1).double()
     if ids.numel() == 0:
-        return ce.new_full((), float("nan"))
+        return rows[:, 0], ids
     # Sorted by id, every sequence is one run; segments beyond the last run have length 0.
     ids, order = ids.sort(stable=True)
     starts = torch.cat([ids.new_ones(1), (ids[1:] != ids[:-1]).to(ids.dtype)])
-    lengths = torch.zeros_like(ids).scatter_add_(0, starts.cumsum(0) - 1, torch.ones_like(ids))
+    segment = starts.cumsum(0) - 1
+    lengths = torch.zeros_like(ids).scatter_add_(0, segment, torch.ones_like(ids))
     # Segment by segment in one order, so that every rank gets the same bits.
-    rows = (rows * rows[:, 1:])[order].double()
-    totals = torch.segment_reduce(rows, "sum", lengths=lengths, unsafe=True)
-    means = totals[:, 0] / totals[:, 1]  # 0 / 0 where no token is valid
-    return _masked_quantile(means, means.isfinite(), 0.5).to(ce.dtype)
+    totals = torch.segment_reduce(rows[order], "sum", lengths=lengths, unsafe=True)
+    return totals[:, 0] / totals[:, 1], torch.empty_like(segment).scatter_(0, order, segment)
 
 
 def _masked_quantile(values: Tensor, keep: Tensor, q: float) -> Tensor:

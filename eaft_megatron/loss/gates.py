@@ -9,85 +9,24 @@ Where a paper leaves something open, the docstring says what was chosen: first w
 
 from __future__ import annotations
 
-import abc
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from eaft_megatron.loss.batch_statistics import batch_quantile, median_of_sequence_means
+from eaft_megatron.loss.gate import Gate, GateContext, GateOutput, check_number
 from eaft_megatron.loss.token_stats import TokenStats
 
 _SFT_KL_CLAMP = 20.0  # verl clamps the log-ratio of its k3 estimator here
 
 
-class GateOutput(NamedTuple):
-    """Per token, flat: the loss, d loss / d ce, and the weight to report. All detached."""
-
-    loss: Tensor
-    slope: Tensor
-    weight: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class GateContext:
-    """What a gate may use beyond the statistics. Every tensor is flat, one entry per token.
-
-    Attributes:
-        side: extra columns by name.
-        sequence_ids: int64; tokens with one id belong to one sequence, wherever in ``reduce_group`` they are.
-        reduce_group: data x context parallel group for statistics of the batch; None for this process alone.
-    """
-
-    side: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-    sequence_ids: Tensor | None = None
-    reduce_group: dist.ProcessGroup | None = None
-
-
-class Gate(abc.ABC):
-    """Base of all gates. Instances are frozen dataclasses holding plain numbers.
-
-    Attributes:
-        needs: which optional fields of :class:`TokenStats` must be filled: ``"entropy"``, ``"sum_p_squared"``.
-        needs_side: names of the side columns the gate reads.
-        needs_sequence_ids: whether it reads ``sequence_ids``.
-        needs_batch: whether it takes statistics over ``reduce_group``.
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset()
-    needs_side: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def needs_sequence_ids(self) -> bool:
-        """See above."""
-        return False
-
-    @property
-    def needs_batch(self) -> bool:
-        """See above."""
-        return False
-
-    def check(self, topk: int) -> None:  # noqa: B027  not abstract: most gates have nothing to check
-        """Raise ``ValueError`` if the gate cannot work with this K = min(topk, V); the default accepts any."""
-
-    @abc.abstractmethod
-    def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
-        """``[N]`` weight of each token. Values at ignored tokens do not matter."""
-
-    def __call__(self, stats: TokenStats, context: GateContext) -> GateOutput:
-        """Weight the cross entropy. A target with p = 0 has an infinite loss, also where its weight is 0."""
-        weight = torch.where(stats.valid, self.weight(stats, context).to(stats.ce.dtype), 0)
-        loss = torch.where(torch.isposinf(stats.ce), stats.ce, weight * stats.ce)
-        return GateOutput(loss, weight, weight)
-
-
 @dataclasses.dataclass(frozen=True)
 class SFTGate(Gate):
     """Plain supervised fine-tuning: every token has weight 1."""
+
+    uses_probability: ClassVar[bool] = False
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         return torch.ones_like(stats.ce)
@@ -104,10 +43,11 @@ class EntropyGate(Gate):
 
     entropy_norm: float | None = None
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
+    uses_probability: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.entropy_norm is not None:
-            _check(
+            check_number(
                 self.entropy_norm > 0, "entropy_norm (--eaft-entropy-norm) must be finite and > 0", self.entropy_norm
             )
 
@@ -133,7 +73,7 @@ class EAFTGate(EntropyGate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.alpha >= 0, "alpha (--eaft-alpha) must be finite and >= 0", self.alpha)
+        check_number(self.alpha >= 0, "alpha (--eaft-alpha) must be finite and >= 0", self.alpha)
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         h = stats.normalized_entropy(self.entropy_norm)
@@ -149,8 +89,8 @@ class SigmoidGate(EntropyGate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self.steepness > 0, "steepness must be finite and > 0", self.steepness)
-        _check(True, "centre must be finite", self.centre)
+        check_number(self.steepness > 0, "steepness must be finite and > 0", self.steepness)
+        check_number(True, "centre must be finite", self.centre)
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         return torch.sigmoid(self.steepness * (stats.normalized_entropy(self.entropy_norm) - self.centre))
@@ -178,7 +118,7 @@ class ThresholdGate(EntropyGate):
                 "the threshold gate takes one of threshold (--eaft-threshold) and percentile (--eaft-percentile)"
             )
         if self.threshold is not None:
-            _check(True, "threshold (--eaft-threshold) must be finite", self.threshold)
+            check_number(True, "threshold (--eaft-threshold) must be finite", self.threshold)
         if self.percentile is not None:
             _check_percentile(self.percentile)
 
@@ -195,27 +135,76 @@ class ThresholdGate(EntropyGate):
         return (h > limit).to(h.dtype)
 
 
+CONFLICT_ENTROPY = 0.17
+"""A token is a confident conflict below this normalised entropy (the centre of the paper's sigmoid) ..."""
+CONFLICT_PROBABILITY = 0.1
+"""... and below this probability of its label."""
+
+
+def confident_conflicts(
+    stats: TokenStats,
+    entropy: float = CONFLICT_ENTROPY,
+    probability: float = CONFLICT_PROBABILITY,
+    *,
+    entropy_norm: float | None = None,
+) -> Tensor:
+    """Bool, shaped like ``stats.ce``: h < ``entropy`` and p < ``probability``. Meaningless at ignored tokens."""
+    return (stats.normalized_entropy(entropy_norm) < entropy) & (stats.probability < probability)
+
+
 @dataclasses.dataclass(frozen=True)
 class ConflictMaskGate(EntropyGate):
-    """The paper's pilot: weight 0 where H and p are both below their percentiles, else 1 (arXiv 2601.02151).
+    """The paper's pilot: weight 0 where H and p are both below a limit, else 1 (arXiv 2601.02151).
 
-    The scope of the percentiles is that of :class:`ThresholdGate`.
+    The paper's limits are percentiles (15); it does not say of what, nor whether H is the top-K entropy. Ours are those
+    of the valid tokens of one micro-batch over ``reduce_group``, and H is. Fixed limits are our own: a percentile
+    always masks something, they mask nothing where nothing contradicts what the model is sure of.
+
+    Attributes:
+        percentile: in [0, 100]; None for fixed limits. 15 where nothing is given.
+        conflict_entropy: fixed limit on h = H / entropy_norm, with ``conflict_probability``; the metric
+            ``eaft conflict rate`` counts below 0.17 and 0.1.
+        conflict_probability: fixed limit on p.
     """
 
-    percentile: float = 15.0
-
-    @property
-    def needs_batch(self) -> bool:
-        return True
+    percentile: float | None = None
+    conflict_entropy: float | None = None
+    conflict_probability: float | None = None
+    uses_probability: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_percentile(self.percentile)
+        entropy, probability = self.conflict_entropy, self.conflict_probability
+        if entropy is None and probability is None:
+            percentile = 15.0 if self.percentile is None else self.percentile
+            _check_percentile(percentile)
+            object.__setattr__(self, "percentile", percentile)
+        elif self.percentile is not None or entropy is None or probability is None:
+            raise ValueError(
+                "the conflict mask takes percentile (--eaft-percentile), or conflict_entropy (--eaft-conflict-entropy) "
+                "and conflict_probability (--eaft-conflict-probability) together"
+            )
+        else:
+            check_number(entropy >= 0, "conflict_entropy (--eaft-conflict-entropy) must be finite and >= 0", entropy)
+            check_number(
+                0 <= probability <= 1,
+                "conflict_probability (--eaft-conflict-probability) must lie in [0, 1]",
+                probability,
+            )
+
+    @property
+    def needs_batch(self) -> bool:
+        return self.percentile is not None
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
-        columns = [stats.normalized_entropy(1.0), stats.probability]
-        limits = batch_quantile(columns, stats.valid, self.percentile / 100, context.reduce_group)
-        conflict = (columns[0] < limits[0]) & (columns[1] < limits[1])
+        if self.conflict_entropy is not None and self.conflict_probability is not None:
+            limits = self.conflict_entropy, self.conflict_probability
+            conflict = confident_conflicts(stats, *limits, entropy_norm=self.entropy_norm)
+        else:
+            assert stats.entropy is not None and self.percentile is not None
+            columns = [stats.entropy, stats.probability]
+            lowest = batch_quantile(columns, stats.valid, self.percentile / 100, context.reduce_group)
+            conflict = (columns[0] < lowest[0]) & (columns[1] < lowest[1])
         return (~conflict).to(stats.ce.dtype)
 
 
@@ -244,8 +233,8 @@ class TALRGate(Gate):
 
     def __post_init__(self) -> None:
         if self.tau is not None:
-            _check(self.tau > 0, "tau (--talr-tau) must be finite and > 0", self.tau)
-        _check(0 <= self.min_weight <= 1, "min_weight (--talr-min-weight) must lie in [0, 1]", self.min_weight)
+            check_number(self.tau > 0, "tau (--talr-tau) must be finite and > 0", self.tau)
+        check_number(0 <= self.min_weight <= 1, "min_weight (--talr-min-weight) must lie in [0, 1]", self.min_weight)
 
     @property
     def needs_sequence_ids(self) -> bool:
@@ -272,6 +261,7 @@ class FLOWGate(Gate):
     """
 
     needs_side: ClassVar[tuple[str, ...]] = ("sample_weight",)
+    uses_probability: ClassVar[bool] = False
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         return context.side["sample_weight"]
@@ -289,22 +279,27 @@ class SFTKLGate(Gate):
 
     beta: float = 0.5
     needs_side: ClassVar[tuple[str, ...]] = ("ref_logprob",)
+    uses_probability: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check(self.beta >= 0, "beta (--sft-kl-beta) must be finite and >= 0", self.beta)
+        check_number(self.beta >= 0, "beta (--sft-kl-beta) must be finite and >= 0", self.beta)
 
     def weight(self, stats: TokenStats, context: GateContext) -> Tensor:
         return torch.ones_like(stats.ce)
 
     def __call__(self, stats: TokenStats, context: GateContext) -> GateOutput:
-        ratio = context.side["ref_logprob"].to(stats.ce.dtype) + stats.ce
-        ratio = torch.where(torch.isposinf(stats.ce), stats.ce, ratio)  # p = 0, whatever the base model thinks
-        d = ratio.clamp(-_SFT_KL_CLAMP, _SFT_KL_CLAMP)
-        excess = torch.expm1(d)
-        loss = stats.ce + self.beta * (excess - d)
-        slope = torch.where(ratio.abs() > _SFT_KL_CLAMP, 1.0, 1 + self.beta * excess)
-        weight = stats.valid.to(stats.ce.dtype)
-        return GateOutput(torch.where(stats.valid, loss, 0), torch.where(stats.valid, slope, 0), weight)
+        return with_k3_penalty(super().__call__(stats, context), stats, context.side["ref_logprob"], self.beta)
+
+
+def with_k3_penalty(output: GateOutput, stats: TokenStats, ref_logprob: Tensor, beta: float) -> GateOutput:
+    """``output`` with ``beta * k3`` added, ``k3 = exp(d) - d - 1``, ``d = logp_ref - logp`` clamped to [-20, 20]."""
+    ratio = ref_logprob.to(stats.ce.dtype) + stats.ce
+    ratio = torch.where(torch.isposinf(stats.ce), stats.ce, ratio)  # p = 0, whatever the base model thinks
+    d = ratio.clamp(-_SFT_KL_CLAMP, _SFT_KL_CLAMP)
+    excess = torch.expm1(d)
+    added = torch.where(stats.valid, beta * (excess - d), 0)
+    slope = torch.where(stats.valid & ~(ratio.abs() > _SFT_KL_CLAMP), beta * excess, 0)
+    return GateOutput(output.loss + added, output.slope + slope, output.weight)
 
 
 def flow_sample_weights(sample_losses: Tensor) -> Tensor:
@@ -331,10 +326,5 @@ def flow_sample_weights(sample_losses: Tensor) -> Tensor:
     return (-sample_losses / median).exp().to(sample_losses.dtype)
 
 
-def _check(condition: bool, message: str, value: float) -> None:
-    if not (math.isfinite(value) and condition):
-        raise ValueError(f"{message}, got {value}")
-
-
 def _check_percentile(value: float) -> None:
-    _check(0 <= value <= 100, "percentile (--eaft-percentile) must lie in [0, 100]", value)
+    check_number(0 <= value <= 100, "percentile (--eaft-percentile) must lie in [0, 100]", value)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.gates import Gate, GateContext, GateOutput
+from eaft_megatron.loss.gate import Gate, GateContext, GateOutput
 from eaft_megatron.loss.implementation import choose_triton
 from eaft_megatron.loss.plan import Plan, Shard, group_rank_and_size
 from eaft_megatron.loss.token_stats import TokenStats

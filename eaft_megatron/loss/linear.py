@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.loss.exchange import Statistics, compute_dtype
-from eaft_megatron.loss.gates import EAFTGate, Gate
+from eaft_megatron.loss.gate import Gate
+from eaft_megatron.loss.gates import EAFTGate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
 from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
 from eaft_megatron.loss.linear_inputs import LinearInputs, logits_like

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eaft_megatron.loss.gates import EAFTGate, Gate
+from eaft_megatron.loss.gate import Gate
+from eaft_megatron.loss.gates import EAFTGate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs, make_plan
 from eaft_megatron.loss.options import EAFTLogitsOptions, LogitsOptions, LossOptions
 from eaft_megatron.loss.passes import (

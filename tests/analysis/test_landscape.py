@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from eaft_megatron.analysis.conflicts import sample_rows, token_texts
-from eaft_megatron.analysis.landscape import QUADRANTS, average_ranks, fidelity, quadrant_of, summarize, thresholds
-from eaft_megatron.analysis.tokens import ScoredTokens, read_tokens
+from eaft_megatron.analysis.landscape import (
+    QUADRANTS,
+    average_ranks,
+    fidelity,
+    quadrant_of,
+    shown_weights,
+    summarize,
+    thresholds,
+)
+from eaft_megatron.analysis.tokens import ScoredTokens, read_rows, read_tokens
 from eaft_megatron.cli import main
 from eaft_megatron.data.encoding import load_tokenizer
 from eaft_megatron.data.prepared import PreparedData, write_column
@@ -45,8 +53,9 @@ def made_up(n: int = 4000) -> ScoredTokens:
     entropy = generator.exponential(0.8, n).clip(0, 2.99).astype(np.float32)
     logprob = -generator.exponential(1, n).astype(np.float32)
     others = {None: (entropy * 1.1).astype(np.float32), 5: generator.random(n, np.float32), 20: entropy}
-    zeros = np.zeros(n, np.int32)
-    return ScoredTokens(zeros, zeros.astype(np.int64), zeros, logprob, entropy, 20, others, RECORD, 1)
+    zeros, rows = np.zeros(n, np.int32), np.arange(n, dtype=np.int64) * 41 // n
+    squares = generator.random(n, np.float32)
+    return ScoredTokens(zeros, rows, zeros, logprob, entropy, 20, others, RECORD, 41, squares)
 
 
 def test_tokens_are_the_trained_ones(scored):
@@ -88,8 +97,25 @@ def test_quadrants_and_gates_by_hand(percentile):
         "sigmoid": 1 / (1 + np.exp(-30 * (normal - 0.17))),
         "threshold": (h > a).astype(float),
         "conflict mask": (~inside[0]).astype(float),
+        "fixed conflict mask": 1.0 - ((normal < 0.17) & (p < 0.1)),
+        "sft": np.ones_like(p),
+        "sft-kl": np.ones_like(p),
         "dft": p,
+        "asft": p,
+        "power 8": p**8,
+        "power 0.5": p**0.5,
+        "power -0.5": np.minimum(p**-0.5, 10),
+        "profit": (p >= 0.1).astype(float),
+        "trsft": np.minimum(p / 0.1, 1),
+        "deft": p**tokens.sum_p_squared,
+        "stm": (1 / p <= 2.5).astype(float),
+        "psft": np.ones_like(p),  # the model that scored is the one that is trained
+        "iw-sft": np.ones_like(p),
+        "iw-sft token": np.ones_like(p),
     }
+    means = np.array([loss[tokens.row == row].mean() for row in range(41)])
+    weights["talr"] = np.maximum(p ** (1 / np.median(means)), 0.01)
+    weights["flow"] = np.exp(-means / np.median(means))[tokens.row]
     assert set(summary["gates"]) == set(weights)
     for name, w in weights.items():
         found = summary["gates"][name]
@@ -99,6 +125,23 @@ def test_quadrants_and_gates_by_hand(percentile):
             kept = (w * loss)[where].sum()
             assert found["kept"][part] == pytest.approx(kept / loss[where].sum(), rel=1e-4, abs=1e-12)
             assert found["loss_share"][part] == pytest.approx(kept / (w * loss).sum(), rel=1e-4, abs=1e-12)
+
+
+def test_shown_tokens_do_not_count(scored):
+    """Among the shown tokens the trained ones have the weights of the summary, whatever else is shown; so do others."""
+    tokens, rows = read_tokens(scored), [3, 0, 7]
+    shown = read_rows(scored, rows, which="all")
+    assert len(shown) == sum(scored.lengths[row] - 1 for row in rows)
+    weights, whole = shown_weights(tokens, shown, 40), shown_weights(tokens, tokens, 40)
+    assert {"talr", "flow", "stm", "conflict mask"} <= set(weights) and "deft" not in weights, "not scored"
+    place = {(row, position): i for i, (row, position) in enumerate(zip(tokens.row, tokens.position, strict=True))}
+    trained = [i for i, at in enumerate(zip(shown.row, shown.position, strict=True)) if at in place]
+    same = [place[shown.row[i], shown.position[i]] for i in trained]
+    assert 0 < len(trained) < len(shown)
+    for name in weights:
+        np.testing.assert_array_equal(weights[name][trained], whole[name][same])
+    limit = np.percentile(tokens.entropy, 40)
+    np.testing.assert_array_equal(weights["threshold"], shown.entropy > limit)
 
 
 def test_fidelity_by_hand():

@@ -9,8 +9,9 @@ import re
 
 import pytest
 
-from eaft_megatron.analysis.html import page_sample, write_page
-from eaft_megatron.analysis.landscape_files import write_landscape
+from eaft_megatron.analysis.html import write_page
+from eaft_megatron.analysis.landscape_files import page_samples, write_landscape
+from eaft_megatron.analysis.tokens import read_tokens
 from eaft_megatron.data.encoding import load_tokenizer
 from tests.analysis.browser import MISSING, open_browser
 from tests.analysis.test_landscape import write_scores
@@ -47,7 +48,7 @@ def test_clicking_a_sample_shows_its_tokens(page):
         for number in (3, 0):
             browser.click(buttons[number])
             sample = content["samples"][number]
-            expected = page_sample(data, tokenizer, sample["row"], summary["thresholds"])
+            (expected,) = page_samples(data, tokenizer, read_tokens(data), [sample["row"]], summary)
             assert sample == expected
             spans = browser.find("#tokens span")
             assert len(spans) == data.lengths[sample["row"]]
@@ -62,10 +63,21 @@ def test_clicking_a_sample_shows_its_tokens(page):
 
 
 def check_tooltips(browser, spans, sample, summary) -> None:
+    """Under each of the gates; the tokens of the batch decide TALR's median and the percentiles."""
     index = next(i for i, flag in enumerate(sample["trained"]) if flag and sample["texts"][i].strip())
     p, h = sample["p"][index], sample["h"][index]
     normal = h / math.log(summary["topk"])
-    for gate, weight in (("linear", normal), ("sigmoid", 1 / (1 + math.exp(-30 * (normal - 0.17)))), ("dft", p)):
+    assert browser.run("return [...document.getElementById('gate').options].map(o => o.value)") == [*summary["gates"]]
+    weights = {
+        "linear": normal,
+        "sigmoid": 1 / (1 + math.exp(-30 * (normal - 0.17))),
+        "threshold": float(h > summary["thresholds"]["entropy"]),
+        "dft": p,
+        "trsft": min(1, p / 0.1),
+        "stm": float(1 / p <= 2.5),
+        "psft": 1.0,
+    }
+    for gate, weight in weights.items():
         select = f"const s = document.getElementById('gate'); s.value = '{gate}'; s.dispatchEvent(new Event('change'))"
         browser.run(select)
         spans = browser.find("#tokens span")
@@ -95,7 +107,7 @@ def check_colors(browser, sample, summary) -> None:
         is_conflict = h < limits["entropy"] and p < limits["probability"]
         assert name == ("conflict" if is_conflict else "")
         conflicts += is_conflict
-    assert conflicts == sample["conflicts"] > 0
+    assert conflicts == len(sample["conflict"]) > 0
 
 
 @needs_browser
@@ -103,7 +115,7 @@ def test_hostile_text_stays_text(page, tmp_path):
     """Token texts and names that look like markup or like the page's own placeholders change nothing."""
     data, tokenizer, summary, _ = page
     evil = "</script><script>document.title='gone'</script><!--<b>@CONTENT@@TITLE@\u2028"
-    sample = page_sample(data, tokenizer, 0, summary["thresholds"])
+    (sample,) = page_samples(data, tokenizer, read_tokens(data), [0], summary)
     sample["texts"][0], sample["source"] = evil, evil
     line = {"text": evil, "conflicts": 1, "occurrences": 1, "mean_probability": 0.1, "mean_entropy": 0.1}
     example = {**summary["examples"][0], "token": evil, "before": evil}

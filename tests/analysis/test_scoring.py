@@ -22,7 +22,15 @@ from eaft_megatron.data.prepared import PreparedData
 from eaft_megatron.testing.distributed import run_distributed
 from tests.analysis.conftest import make_model
 
-ALL = ("ref_logprob", "topk_entropy", "entropy", "topk_entropy_5", "topk_entropy_10", "topk_entropy_50")
+ALL = (
+    "ref_logprob",
+    "topk_entropy",
+    "entropy",
+    "topk_entropy_5",
+    "topk_entropy_10",
+    "topk_entropy_50",
+    "sum_p_squared",
+)
 
 
 def truth(model, ids: np.ndarray) -> dict[str, np.ndarray]:
@@ -31,6 +39,7 @@ def truth(model, ids: np.ndarray) -> dict[str, np.ndarray]:
         logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].double()
     logp = logits.log_softmax(-1)
     columns = {"ref_logprob": logp.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0]}
+    columns["sum_p_squared"] = logp.exp().square().sum(-1)
     columns["entropy"] = -(logp.exp() * logp).sum(-1)
     for k in (5, 10, 20, 50):
         q = logits.topk(k).values.log_softmax(-1)
@@ -47,7 +56,7 @@ def test_columns_are_transformers_own_numbers(model, folder, capsys):
     """Every column of every row, however it was batched; 0 at each row's first token; nothing temporary is left."""
     from transformers import AutoModelForCausalLM
 
-    assert main(["score", str(model), str(folder), "--fidelity", "--batch-tokens", "300"]) == 0
+    assert main(["score", str(model), str(folder), "--fidelity", "--sum-p-squared", "--batch-tokens", "300"]) == 0
     data, reference = PreparedData(folder), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     assert sorted(data.columns()) == sorted(ALL)
     for row in range(len(data)):
@@ -56,7 +65,7 @@ def test_columns_are_transformers_own_numbers(model, folder, capsys):
             assert actual[0] == 0 and len(actual) == data.lengths[row]
             np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=2e-6, err_msg=f"{name}, row {row}")
     records = data.columns()
-    assert [records[name].get("topk") for name in ALL] == [None, 20, None, 5, 10, 50]
+    assert [records[name].get("topk") for name in ALL] == [None, 20, None, 5, 10, 50, None]
     assert {key: records["entropy"]["model"][key] for key in records["entropy"]["model"]} == model_record(model)
     assert sorted(path.name for path in (folder / "columns").iterdir()) == sorted(ALL)
 
@@ -222,7 +231,7 @@ def megatron_answers(model, layouts, folders) -> bool:
     from eaft_megatron.analysis.megatron_backend import MegatronBackend, MegatronTeam
     from eaft_megatron.training.setup import distributed
 
-    options = scoring.ScoreOptions(fidelity=True, batch_tokens=300)
+    options = scoring.ScoreOptions(fidelity=True, batch_tokens=300, sum_p_squared=True)
     scoring.windows = lambda lengths: [(i, min(i + 5, len(lengths))) for i in range(0, len(lengths), 5)]
     record = {"model": model_record(model), "dtype": "float32", "backend": "megatron"}
     for (tp, pp), folder in zip(layouts, folders, strict=True):
@@ -249,7 +258,7 @@ def megatron_answers(model, layouts, folders) -> bool:
 def test_megatron_core_gives_the_same(model, prepared, folder, tmp_path):
     """TP 2 x PP 2, TP 2 with two data-parallel ranks, PP 4: transformers' numbers to 1e-5."""
     pytest.importorskip("megatron.core")
-    main(["score", str(model), str(folder), "--fidelity"])
+    main(["score", str(model), str(folder), "--fidelity", "--sum-p-squared"])
     layouts = [(2, 2), (2, 1), (1, 4)]
     folders = [shutil.copytree(prepared, tmp_path / f"tp{tp}pp{pp}") for tp, pp in layouts]
     assert run_distributed(megatron_answers, 4, model, layouts, folders, timeout=400) == [True] * 4

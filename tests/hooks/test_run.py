@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eaft_megatron.loss.reference import reference_eaft_loss
+from eaft_megatron.methods import METHODS
 from eaft_megatron.ranks import free_port
 from eaft_megatron.testing import run_distributed
 from tests.hooks.megatron_script import PLAIN
@@ -164,7 +165,7 @@ def test_help_has_a_group_of_its_own():
     done = start("--help")
     assert done.returncode == 0
     group = done.stdout[done.stdout.index("\neaft:") :]
-    assert "--loss-type {sft,eaft,dft,talr,flow,sft-kl}" in group and "--eaft-topk K" in group
+    assert f"--loss-type {{{','.join(METHODS)}}}" in group and "--eaft-topk K" in group
 
 
 def test_a_flag_that_the_script_adds_itself(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,23 +12,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eaft_megatron import vocab_parallel_token_loss
-from eaft_megatron.loss import gates
-from eaft_megatron.loss.gates import Gate, GateContext
-from eaft_megatron.loss.token_stats import TokenStats
+from eaft_megatron.loss import base_model_gates, gates, probability_gates
 from eaft_megatron.methods import rows
 from eaft_megatron.testing import run_distributed
 
 VOCAB, TOKENS = 50, 48
-
-
-@dataclasses.dataclass(frozen=True)
-class DEFTGate(Gate):
-    """DEFT (arXiv 2602.11424): ``w = p ** a``, ``a = sum_v p_v ** 2``. Not part of the package: a method to add."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"sum_p_squared"})
-
-    def weight(self, stats: TokenStats, context: GateContext) -> torch.Tensor:
-        return stats.probability**stats.sum_p_squared
 
 
 GATES = {
@@ -45,7 +32,20 @@ GATES = {
     "talr, tau 2": gates.TALRGate(tau=2.0, min_weight=0.1),
     "flow": gates.FLOWGate(),
     "sft-kl": gates.SFTKLGate(),
-    "deft": DEFTGate(),
+    "fixed conflict mask": gates.ConflictMaskGate(conflict_entropy=0.4, conflict_probability=0.3),
+    "fixed conflict mask, norm 3": gates.ConflictMaskGate(3.0, None, 0.4, 0.3),
+    "power 2": probability_gates.PowerGate(2.0),
+    "power 0": probability_gates.PowerGate(0.0),
+    "power -0.5": probability_gates.PowerGate(-0.5, max_weight=4.0),
+    "profit": probability_gates.ProFitGate(),
+    "trsft": probability_gates.TrSFTGate(),
+    "deft": probability_gates.DEFTGate(),
+    "asft": base_model_gates.ASFTGate(),
+    "psft": base_model_gates.PSFTGate(),
+    "stm": base_model_gates.STMGate(),
+    "iw-sft": base_model_gates.IWSFTGate(),
+    "iw-sft, temperature 2": base_model_gates.IWSFTGate(temperature=2.0),
+    "iw-sft token": base_model_gates.IWSFTGate("token"),
 }
 
 
@@ -113,16 +113,47 @@ def _expected(name: str, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torc
         w = p.sqrt().clamp(min=0.1)
     elif name == "flow":
         w = batch.side["sample_weight"]
-    else:
+    elif name == "deft":
         w = p ** log_p.exp().square().sum(-1)
+    elif name.startswith("fixed conflict mask"):
+        conflict = ((entropy / 3.0 if "norm" in name else h) < 0.4) & (p < 0.3)
+        assert 0 < int((conflict & valid).sum()) < int(valid.sum()), "the case tests nothing"
+        w = 1 - conflict.double()
+    elif name.startswith("power"):
+        w = (p ** float(name.split()[1])).clamp(max=4.0 if "-" in name else math.inf)
+    elif name == "profit":
+        w = (p >= 0.1).double()
+    elif name == "trsft":
+        w = torch.where(p < 0.1, p / 0.1, 1.0)
+    else:
+        w = _expected_of_base_model(name, p, batch.side["ref_logprob"].exp(), valid, batch.sequence_ids)
     loss, slope = w * ce, w
-    if name == "sft-kl":
+    if name in ("sft-kl", "asft"):
+        beta = 0.5 if name == "sft-kl" else 0.05
         raw = batch.side["ref_logprob"] + ce
         d = raw.clamp(-20, 20)
-        loss = ce + 0.5 * (d.exp() - d - 1)
-        slope = torch.where(raw == d, 1 + 0.5 * (d.exp() - 1), 1.0)
+        loss = loss + beta * (d.exp() - d - 1)
+        slope = w + torch.where(raw == d, beta * (d.exp() - 1), 0.0)
     zero = torch.zeros_like(ce)
     return tuple(torch.where(valid, value, zero) for value in (loss, slope, w))
+
+
+def _expected_of_base_model(name, p, p_ref, valid, ids) -> torch.Tensor:
+    ratio = p / p_ref
+    if name == "asft":
+        return p
+    if name == "psft":
+        return torch.where(ratio < 1.28, ratio, 0.0)
+    if name == "stm":
+        return (1 / p_ref <= 2.5).double()
+    if name == "iw-sft token":
+        return ratio.clamp(0.2, 1.8)
+    temperature = 2.0 if name.endswith("2") else 1.0
+    w = torch.zeros_like(p)
+    for i in range(8):
+        inside = (ids == i) & valid
+        w[inside] = min(math.exp(temperature * float(np.log(ratio[inside].numpy()).mean())), 16) if inside.any() else 0
+    return w
 
 
 def _answers(tp: int, dtype: torch.dtype) -> dict[str, tuple]:
@@ -277,6 +308,22 @@ def test_flow_sample_weights():
         (lambda: gates.TALRGate(tau=0), "--talr-tau"),
         (lambda: gates.TALRGate(min_weight=2), "--talr-min-weight"),
         (lambda: gates.SFTKLGate(beta=-1), "--sft-kl-beta"),
+        (lambda: gates.ConflictMaskGate(conflict_entropy=0.1), "--eaft-conflict-probability.* together"),
+        (lambda: gates.ConflictMaskGate(None, 15.0, 0.1, 0.1), "--eaft-percentile.*, or"),
+        (lambda: gates.ConflictMaskGate(None, None, -1, 0.1), "--eaft-conflict-entropy"),
+        (lambda: gates.ConflictMaskGate(None, None, 0.1, 2), "--eaft-conflict-probability"),
+        (lambda: probability_gates.PowerGate(math.inf), "--power-exponent"),
+        (lambda: probability_gates.PowerGate(max_weight=0), "--power-max-weight"),
+        (lambda: probability_gates.ProFitGate(1.5), "--profit-threshold"),
+        (lambda: probability_gates.TrSFTGate(0), "--trsft-threshold"),
+        (lambda: base_model_gates.ASFTGate(-1), "--asft-kl"),
+        (lambda: base_model_gates.PSFTGate(0), "--psft-clip"),
+        (lambda: base_model_gates.STMGate(0.5), "--stm-perplexity"),
+        (lambda: base_model_gates.IWSFTGate("row"), "--iw-sft-level"),
+        (lambda: base_model_gates.IWSFTGate(temperature=-1), "--iw-sft-temperature"),
+        (lambda: base_model_gates.IWSFTGate("token", 2.0), "--iw-sft-temperature.*remove it"),
+        (lambda: _loss(base_model_gates.STMGate()), "side column 'ref_logprob'"),
+        (lambda: _loss(base_model_gates.IWSFTGate(), side={"ref_logprob": torch.zeros(2)}), "needs sequence_ids"),
         (lambda: _loss(gates.FLOWGate()), "side column 'sample_weight'"),
         (lambda: _loss(gates.SFTKLGate()), "side column 'ref_logprob'"),
         (lambda: _loss(gates.TALRGate()), "needs sequence_ids"),

@@ -9,10 +9,11 @@ To record anew, on purpose: ``python -m tests.loss.test_recorded``.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from eaft_megatron import (
     ConflictMaskGate,
     EAFTGate,
+    Gate,
     SFTKLGate,
     TALRGate,
     vocab_parallel_linear_token_loss,
@@ -30,7 +32,17 @@ from eaft_megatron import (
 )
 from eaft_megatron.loss import torch_impl
 from eaft_megatron.testing import run_distributed
-from tests.loss.test_gates import DEFTGate
+
+
+@dataclasses.dataclass(frozen=True)
+class SumOfSquaresGate(Gate):
+    """``p ** sum_v p_v ** 2``, by the operator that was recorded."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"sum_p_squared"})
+
+    def weight(self, stats, context):
+        return stats.probability**stats.sum_p_squared
+
 
 RECORDED = Path(__file__).with_name("recorded_losses.json")
 SIZES = (1, 2)
@@ -41,7 +53,7 @@ GATES = {
     "conflict mask": ConflictMaskGate(percentile=40.0),
     "talr": TALRGate(),
     "sft-kl": SFTKLGate(),
-    "sum of squares": DEFTGate(),
+    "sum of squares": SumOfSquaresGate(),
 }
 LINEAR = {
     "dropped": {},
