@@ -20,7 +20,8 @@ from torch import Tensor
 from eaft_megatron import megatron_map
 from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring, linear_options
 from eaft_megatron.hooks.settings import LossSettings
-from eaft_megatron.loss.gates import Gate, SFTGate
+from eaft_megatron.loss.gate import Gate
+from eaft_megatron.loss.gates import SFTGate
 from eaft_megatron.loss.linear import vocab_parallel_linear_token_loss
 from eaft_megatron.loss.token_stats import TokenStats
 from eaft_megatron.loss.vocab_parallel import vocab_parallel_token_loss
@@ -100,7 +101,7 @@ class LossHook:
             raise ValueError(
                 f"{self.name} with these options takes statistics over the tokens that count, "
                 f"and this script does not pass loss_mask to {type(model).__name__}: pass it, or use a loss without "
-                "percentile or median"
+                "percentile, median or mean of a sequence"
             )
         side, self.side = dict(self.side), {}  # a host that forgets to set them must not get the last micro-batch's
         sequence_ids = side.pop("sequence_ids", None)
@@ -317,7 +318,7 @@ def _sequence_ids(labels: Tensor, packed_seq_params: Any, name: str) -> Tensor:
     if packed_seq_params is not None:
         raise ValueError(
             f"{name} takes statistics over sequences, and packed sequences are not told apart in this release: do not "
-            "pack, or (talr) give --talr-tau"
+            "pack, or give --talr-tau (talr), --iw-sft-level token (iw-sft)"
         )
     rows = torch.arange(labels.shape[0], device=labels.device).unsqueeze(1).expand(labels.shape)
     return rows + labels.shape[0] * parallel_state.get_data_parallel_rank()

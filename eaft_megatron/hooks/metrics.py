@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.hooks.loss_hook import LossHook, Observation, installed
-
-CONFLICT_ENTROPY = 0.17
-"""A token is a confident conflict below this normalised entropy, H / ln K (the centre of the paper's sigmoid) ..."""
-CONFLICT_PROBABILITY = 0.1
-"""... and below this probability of its label."""
+from eaft_megatron.loss.gates import confident_conflicts
 
 METRICS = ("lm loss", "eaft loss", "eaft weight", "eaft entropy", "eaft conflict rate")
 """Keys of the report, in order. ``lm loss`` is the plain cross entropy over the true vocabulary."""
+
+WEIGHT_METRICS = ("eaft zero weight", "eaft weight on conflicts", "eaft weight elsewhere")
+"""Further keys where the weight follows a probability: share of tokens with weight 0; mean weight of the confident
+conflicts (0 where there are none) and of the other tokens."""
+
+_NO_TOKEN = 1e-9  # a count that makes 0 / count 0, and is lost when it is added to a real one
+
+
+def metric_names(hook: LossHook | None) -> tuple[str, ...]:
+    """The keys that this hook's reports have."""
+    return METRICS + WEIGHT_METRICS if hook is not None and hook.gate.uses_probability else METRICS
 
 
 def metric_sums(observation: Observation, loss_mask: Tensor) -> dict[str, Tensor]:
     """Sums over the micro-batch's valid tokens, scalars float32; divide by the sum of ``loss_mask`` for means."""
     stats = observation.stats
     mask = loss_mask.reshape(stats.ce.shape).float()
-    conflict = (stats.normalized_entropy() < CONFLICT_ENTROPY) & (stats.probability < CONFLICT_PROBABILITY)
+    conflict = confident_conflicts(stats)
     per_token = (stats.ce, observation.loss, stats.weight, stats.entropy, conflict.float())
     # Masked tokens hold 0, but 0 * mask would let a NaN of a token that the host masks late slip in.
     return {
@@ -33,8 +40,26 @@ def metric_sums(observation: Observation, loss_mask: Tensor) -> dict[str, Tensor
     }
 
 
+def weight_sums(observation: Observation, loss_mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """:data:`WEIGHT_METRICS` of the micro-batch, each a sum and what to divide it by, scalars float32."""
+    stats, weight = observation.stats, observation.stats.weight
+    assert weight is not None
+    mask = loss_mask.reshape(stats.ce.shape).float()
+    conflict = confident_conflicts(stats)
+
+    def over(part: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        counts = torch.where(part, mask, 0)
+        total = torch.where(counts != 0, value * counts, 0).sum().float()
+        return total, counts.sum().clamp(min=_NO_TOKEN)
+
+    everything = torch.ones_like(conflict)
+    sums = (over(everything, (weight == 0).float()), over(conflict, weight), over(~conflict, weight))
+    return dict(zip(WEIGHT_METRICS, sums, strict=True))
+
+
 def wrap_forward_step(forward_step_func: Callable, hook: LossHook | None = None) -> Callable:
-    """``forward_step_func`` with a loss function whose report also holds :data:`METRICS`.
+    """``forward_step_func`` with a loss function whose report also holds :data:`METRICS`, and
+    :data:`WEIGHT_METRICS` where the weight follows a probability.
 
     The loss function must be a ``functools.partial`` whose first argument is the loss mask, as in pretrain_gpt and
     its relatives. Its report must hold "lm loss" as ``tensor([sum, count])`` (Megatron-LM 0.13 on), as
@@ -80,23 +105,39 @@ def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: in
             raise RuntimeError(f"the loss of this micro-batch is {head[0].tolist()}: NaN or inf in the forward pass")
         if not (isinstance(report, dict) and "lm loss" in report):
             raise ValueError(f"the loss function must report 'lm loss', got {report!r}")
-        report.update(_in_form_of(report["lm loss"], metric_sums(hook.latest, loss_mask), loss_mask))
+        sums: dict[str, tuple[Tensor, Tensor | None]] = {
+            name: (total, None) for name, total in metric_sums(hook.latest, loss_mask).items()
+        }
+        if hook.gate.uses_probability:
+            sums |= weight_sums(hook.latest, loss_mask)
+        report.update(_in_form_of(report["lm loss"], sums, loss_mask))
         return *head, report
 
     return with_metrics
 
 
-def _in_form_of(own: Any, sums: dict[str, Tensor], loss_mask: Tensor) -> dict[str, Any]:
-    """The metrics as the host reports its own loss, so that it averages them in the same way."""
+def _in_form_of(own: Any, sums: dict[str, tuple[Tensor, Tensor | None]], loss_mask: Tensor) -> dict[str, Any]:
+    """The metrics as the host reports its own loss, so that it averages them in the same way.
+
+    A metric's own divisor takes the place of the number of tokens; None: that number.
+    """
     if isinstance(own, Tensor) and own.numel() == 2:
-        return {name: torch.stack([total.to(own), own.view(-1)[1]]).view(own.shape) for name, total in sums.items()}
+        tokens = own.view(-1)[1]
+        return {
+            name: torch.stack([total.to(own), tokens if count is None else count.to(own)]).view(own.shape)
+            for name, (total, count) in sums.items()
+        }
+    totals = torch.stack([total for total, _ in sums.values()])
+    counts = torch.stack([loss_mask.sum().float() if count is None else count for _, count in sums.values()])
     if isinstance(own, (tuple, list)) and len(own) == 2:
-        totals = _sum_over_data_parallel(torch.stack(list(sums.values())))
-        return {name: (total, own[1]) for name, total in zip(sums, totals, strict=True)}
+        totals, counts = _sum_over_data_parallel(torch.stack([totals, counts]))
+        return {
+            name: (total, own[1] if divisor is None else count)
+            for (name, (_, divisor)), total, count in zip(sums.items(), totals, counts, strict=True)
+        }
     if isinstance(own, Tensor) and own.numel() == 1:
-        count = loss_mask.sum().float().view(1)
-        totals = _sum_over_data_parallel(torch.cat([torch.stack(list(sums.values())), count]))
-        means = (totals[:-1] / totals[-1]).to(own.dtype)
+        totals, counts = _sum_over_data_parallel(torch.stack([totals, counts]))
+        means = (totals / counts).to(own.dtype)
         return {name: mean.view(own.shape) for name, mean in zip(sums, means, strict=True)}
     raise ValueError(
         f"the report's 'lm loss' must be tensor([sum, count]), (sum, count) or a scalar tensor, got {own!r}"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from eaft_megatron.hooks.loss_hook import LossHook, rebind
-from eaft_megatron.hooks.metrics import METRICS
+from eaft_megatron.hooks.metrics import METRICS, WEIGHT_METRICS
 
 
 def watch_training(hook: LossHook) -> None:
@@ -50,7 +50,7 @@ def _keeping_metrics(kept: list[dict[str, float]], evaluate: Callable) -> Callab
     def without_metrics(*args: Any, **kwargs: Any):
         result = evaluate(*args, **kwargs)
         losses = result[0] or {}  # empty before the last stage, None when the time is up
-        kept.append({name: float(losses.pop(name)) for name in METRICS[1:] if name in losses})
+        kept.append({name: float(losses.pop(name)) for name in METRICS[1:] + WEIGHT_METRICS if name in losses})
         return result
 
     return without_metrics

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from eaft_megatron.checkpoint_files import TRACKER
 from eaft_megatron.files import replacing
-from eaft_megatron.hooks.metrics import METRICS
+from eaft_megatron.hooks.metrics import METRICS, WEIGHT_METRICS
 
 Curve = dict[int, float]
 """Iteration -> value."""
@@ -25,7 +25,7 @@ _EVALUATION = (  # how the plain cross entropy of an evaluation set is called; t
 )
 _PANELS = (
     ("loss", ("lm loss", "eaft loss")),
-    ("mean weight", ("eaft weight",)),
+    ("mean weight", ("eaft weight", *WEIGHT_METRICS[1:])),
     ("entropy of the top K, nats", ("eaft entropy",)),
     ("conflict rate", ("eaft conflict rate",)),
     ("validation: lm loss", ()),
@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
         folder: the run folder.
-        training: metric -> curve, those of METRICS and _OTHERS that are there.
+        training: metric -> curve, those of METRICS, WEIGHT_METRICS and _OTHERS that are there.
         validation: name of the set -> curve of the plain cross entropy.
         latest: when the last value was written, seconds since the epoch.
         saved: iteration of the newest checkpoint, if there is one.
@@ -66,7 +66,9 @@ def read_run(folder: str | Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"no such run folder: {folder}")
     scalars, latest = _scalars(folder)
-    names = {tag: name for name, tags in _OTHERS.items() for tag in tags} | {name: name for name in METRICS}
+    names = {tag: name for name, tags in _OTHERS.items() for tag in tags} | {
+        name: name for name in METRICS + WEIGHT_METRICS
+    }
     training = {names[tag]: curve for tag, curve in scalars.items() if tag in names}
     validation: dict[str, Curve] = {}
     for tag, curve in scalars.items():

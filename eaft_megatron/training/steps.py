@@ -14,7 +14,7 @@ from torch import Tensor
 from eaft_megatron.data.batches import collate, micro_batch_indices
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
 from eaft_megatron.hooks import installed
-from eaft_megatron.hooks.metrics import METRICS
+from eaft_megatron.hooks.metrics import metric_names
 from eaft_megatron.training.setup import Trainer
 
 _LENGTH_MULTIPLE = 32  # samples are cut to the longest of the step, rounded up to this
@@ -148,11 +148,11 @@ def reduce_reports(reports: list[dict[str, Tensor]], iteration: int) -> dict[str
     from eaft_megatron.megatron_map import parallel_state
 
     device = torch.device("cuda", torch.cuda.current_device())  # the CPU, under the stand-ins
-    sums = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
+    names = metric_names(installed())
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for report in reports:
-        sums[:-1] += torch.stack([report[name][0] for name in METRICS]).double()
-        sums[-1] += report["lm loss"][1]
-    if ranks := _ranks_where(not bool(sums[:2].isfinite().all())):
+        sums += torch.stack([report[name] for name in names]).double()
+    if ranks := _ranks_where(not bool(sums[:2, 0].isfinite().all())):
         raise FloatingPointError(
             f"iteration {iteration}: the loss is not finite on rank(s) {ranks} of the last pipeline stage. {_UNCHANGED}"
         )
@@ -160,10 +160,10 @@ def reduce_reports(reports: list[dict[str, Tensor]], iteration: int) -> dict[str
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         sums.zero_()
     dist.all_reduce(sums)
-    tokens = float(sums[-1])
+    tokens = float(sums[0, 1])
     if tokens == 0:
         raise ValueError(f"iteration {iteration}: not one token of the batch is trained on")
-    return {name: float(total) / tokens for name, total in zip(METRICS, sums, strict=False)} | {"tokens": tokens}
+    return dict(zip(names, (sums[:, 0] / sums[:, 1]).tolist(), strict=True)) | {"tokens": tokens}
 
 
 def _ranks_where(condition: bool) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from eaft_megatron import Gate, TokenStats, vocab_parallel_token_loss
 from eaft_megatron.hooks import LossSettings
-from eaft_megatron.hooks.metrics import CONFLICT_ENTROPY, CONFLICT_PROBABILITY
+from eaft_megatron.loss.gates import confident_conflicts
 
 _IGNORE_INDEX = -100
 _OPTIONS = {  # attribute of slime's arguments -> field of LossSettings
@@ -180,10 +180,9 @@ def _tensor_parallel_group():
 
 
 def _metrics(stats: TokenStats) -> dict[str, Tensor]:
-    conflict = (stats.normalized_entropy() < CONFLICT_ENTROPY) & (stats.probability < CONFLICT_PROBABILITY)
     return {
         "lm loss": stats.ce,
         "eaft weight": stats.weight,
         "eaft entropy": stats.entropy,
-        "eaft conflict rate": conflict.float(),
+        "eaft conflict rate": confident_conflicts(stats).float(),
     }

@@ -12,15 +12,24 @@ import torch
 import torch.distributed as dist
 
 from eaft_megatron import (
+    ASFTGate,
     ConflictMaskGate,
+    DEFTGate,
     DFTGate,
     EAFTGate,
     FLOWGate,
+    IWSFTGate,
+    PowerGate,
+    ProFitGate,
+    PSFTGate,
     SFTGate,
     SFTKLGate,
     SigmoidGate,
+    STMGate,
     TALRGate,
     ThresholdGate,
+    TokenStats,
+    TrSFTGate,
 )
 from eaft_megatron.hooks import (
     LossHook,
@@ -31,7 +40,14 @@ from eaft_megatron.hooks import (
     settings_from_args,
     uninstall,
 )
-from eaft_megatron.hooks.metrics import METRICS, metric_sums, wrap_forward_step
+from eaft_megatron.hooks.metrics import (
+    METRICS,
+    WEIGHT_METRICS,
+    metric_names,
+    metric_sums,
+    weight_sums,
+    wrap_forward_step,
+)
 from eaft_megatron.loss.gates import Gate
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
@@ -219,7 +235,43 @@ def _check_metrics(model) -> None:
         loss_func(output)
 
 
+def _check_weight_metrics(model) -> None:
+    """In each form in which a host reports its loss: its own, divided by what belongs to it."""
+    batch = _batch()
+    mask = batch["loss_mask"]
+    _, ce, *_ = _expected(model, batch, mask=True)
+    ordered = (-ce[mask != 0]).exp().sort().values
+    middle = float(ordered[len(ordered) // 2 - 1 :][:2].mean())  # between two tokens
+    hook = install(LossSettings("profit", profit_threshold=middle, true_vocab_size=VOCAB))
+    forms = {
+        "tensor": lambda total, count: torch.stack([total, count]),
+        "pair": lambda total, count: (total, count),
+        "mean": lambda total, count: total / count,
+    }
+    try:
+        for name, form in forms.items():
+
+            def masked(mask, output, form=form):
+                total, count = (output.float() * mask).sum(), mask.sum()
+                return total, count, {"lm loss": form(total.detach(), count)}
+
+            def host(*_, masked=masked):
+                return _call(model, batch, loss_mask=mask), functools.partial(masked, mask)
+
+            output, loss_func = wrap_forward_step(host, hook)(None, model)
+            report = loss_func(output)[-1]
+            assert list(report) == [*METRICS, *WEIGHT_METRICS] == list(metric_names(hook))
+            means = {key: float(v if name == "mean" else v[0] / v[1]) for key, v in report.items()}
+            kept = float((((-ce).exp() >= middle) & (mask != 0)).sum() / mask.sum())
+            assert 0.2 < kept < 0.8
+            expected = {"eaft zero weight": 1 - kept, "eaft weight on conflicts": 0, "eaft weight elsewhere": kept}
+            assert {key: means[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+    finally:
+        uninstall()
+
+
 CHECKS = (
+    _check_weight_metrics,
     _check_losses,
     _check_masked_labels_may_be_anything,
     _check_refusals,
@@ -302,6 +354,23 @@ def test_metrics_ignore_what_the_host_masks_late():
     assert all(value.isfinite() for value in sums.values())
 
 
+def test_weights_of_conflicts_and_of_the_rest():
+    """By hand: tokens 0 and 1 conflict, the masked 2 would too, 3 is unsure, 4 right; TrSFT weighs p / 0.1."""
+    p = torch.tensor([0.05, 0.01, 0.01, 0.05, 0.9], dtype=torch.float64)
+    entropy = torch.tensor([0.1, 0.2, 0.1, 2.0, 0.1], dtype=torch.float64)
+    weight = (p / 0.1).clamp(max=1)
+    weight[1] = 0
+    stats = TokenStats(-p.log(), entropy, weight, torch.tensor([1, 1, 0, 1, 1]) == 1, 20)
+    from eaft_megatron.hooks.loss_hook import Observation
+
+    sums = weight_sums(Observation(stats.ce, stats), torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0]))
+    assert [[float(total), float(count)] for total, count in sums.values()] == [[1, 4], [0.5, 2], [1.5, 2]]
+    assert list(sums) == list(WEIGHT_METRICS)
+    none = weight_sums(Observation(stats.ce, stats), torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0]))
+    total, count = none["eaft weight on conflicts"]
+    assert float(total / count) == 0 and float(count + 1) == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -315,6 +384,28 @@ def test_metrics_ignore_what_the_host_masks_late():
         (["--loss-type", "talr", "--talr-min-weight", "0.1"], TALRGate(min_weight=0.1)),
         (["--loss-type", "flow"], FLOWGate()),
         (["--loss-type", "sft-kl", "--sft-kl-beta", "0.1"], SFTKLGate(0.1)),
+        (
+            [
+                "--loss-type",
+                "eaft",
+                "--eaft-gate",
+                "conflict-mask",
+                "--eaft-conflict-entropy",
+                "0.17",
+                "--eaft-conflict-probability",
+                "0.1",
+            ],
+            ConflictMaskGate(conflict_entropy=0.17, conflict_probability=0.1),
+        ),
+        (["--loss-type", "power", "--power-exponent", "-0.5", "--power-max-weight", "4"], PowerGate(-0.5, 4.0)),
+        (["--loss-type", "profit", "--profit-threshold", "0.2"], ProFitGate(0.2)),
+        (["--loss-type", "trsft", "--trsft-threshold", "0.2"], TrSFTGate(0.2)),
+        (["--loss-type", "deft"], DEFTGate()),
+        (["--loss-type", "asft", "--asft-kl", "0.1"], ASFTGate(0.1)),
+        (["--loss-type", "psft", "--psft-clip", "0.2"], PSFTGate(0.2)),
+        (["--loss-type", "stm", "--stm-perplexity", "10"], STMGate(10.0)),
+        (["--loss-type", "iw-sft", "--iw-sft-temperature", "2"], IWSFTGate(temperature=2.0)),
+        (["--loss-type", "iw-sft", "--iw-sft-level", "token"], IWSFTGate("token")),
     ],
 )
 def test_flags_choose_the_gate(flags, expected):

@@ -34,8 +34,16 @@ LOSSES = {
     "talr": ["talr"],
     "flow": ["flow"],
     "sft-kl": ["sft-kl"],
+    "asft": ["asft"],
+    "psft": ["psft"],
+    "stm": ["stm"],
+    "iw-sft": ["iw-sft"],
+    "deft": ["deft"],
     "percentile": ["eaft", "--eaft-gate", "threshold", "--eaft-percentile", "15"],
 }
+
+
+SCORED = ("sft-kl", "asft", "psft", "stm", "iw-sft")
 
 
 def _flags(folder, name: str, prepared, packing: str, *extra: str) -> list[str]:
@@ -82,6 +90,34 @@ def test_packing_changes_nothing(runs, name):
     packed, expected = metrics(runs, f"mask-{name}"), metrics(runs, f"none-{name}")
     _assert_alike(packed, expected)
     assert not math.isclose(packed[0]["lm loss"], packed[0]["eaft loss"], rel_tol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def scored(folder):
+    """The same rows with the scores that `eaft-megatron score` gives them, by the model that is then trained."""
+    from eaft_megatron.cli import main
+
+    output = folder / "scored"
+    prepare([str(folder / "train.jsonl")], str(folder / "model"), output, PrepareOptions(256))
+    assert main(["score", str(folder / "model"), str(output), "--device", "cpu"]) == 0
+    argvs = [_flags(folder, f"scored-{method}", output, "mask", method) for method in SCORED]
+    run_distributed(_train_each, 1, argvs)
+    return PreparedData(output)
+
+
+@pytest.mark.parametrize("method", SCORED)
+def test_scores_of_the_model_itself(folder, scored, method):
+    """In the first step p is p_base: loss and weight are numpy's from the column; in the second it no longer is."""
+    logp = np.concatenate([scored.column("ref_logprob", i)[1:][scored.tokens(i)[1][1:]] for i in range(ROWS)])
+    logp = logp.astype(np.float64)
+    weight = {"asft": np.exp(logp), "stm": (np.exp(-logp) <= 2.5).astype(float)}.get(method, np.ones_like(logp))
+    first, second = metrics(folder, f"scored-{method}")
+    expected = {"lm loss": -logp.mean(), "eaft loss": (weight * -logp).mean(), "eaft weight": weight.mean()}
+    assert {name: first[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-7)
+    if method != "sft-kl":
+        assert first["eaft zero weight"] == pytest.approx((weight == 0).mean())
+        assert (second["eaft weight"] == first["eaft weight"]) == (method == "stm"), "its mask is fixed by the base"
+    assert second["eaft loss"] != pytest.approx(first["eaft loss"], rel=1e-4) or method == "stm"
 
 
 def test_prepared_rows_are_those_of_the_jsonl(runs):
