@@ -52,7 +52,11 @@ BatchStartTimeout=15
 SchedulerParameters=bf_interval=2,sched_interval=2
 NodeName=DEFAULT CPUs={cpus} RealMemory=100000 State=UNKNOWN
 {addresses}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+# A job of "urgent" preempts those of "main", which have half a minute to save; then they are requeued.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 

@@ -145,6 +145,26 @@ def test_usr1_and_power_loss_change_no_number(cluster, folder, uninterrupted):
     ]
 
 
+def test_preemption_with_a_grace_time_saves_and_requeues(cluster, folder, uninterrupted):
+    """Slurm sends TERM to the ranks alone: they save, torchrun ends non-zero, and the job goes on afterwards."""
+    cluster.power_on("node2")
+    cluster.wait_for_idle(60)
+    job = _launch(cluster, folder, "preempted")
+    _wait_for_iteration(cluster, job, folder, "preempted", 2)
+    urgent = ["--parsable", "--partition=urgent", f"--nodes={len(cluster.nodes)}", "--exclusive", "--output=/dev/null"]
+    other = cluster.run("sbatch", *urgent, "--wrap", "sleep 3").strip()
+    cluster.wait_for(job, {"PENDING"}, 60)
+    saved = _saved(folder, "preempted")
+    log = folder / "preempted" / "logs" / f"{job}.out"
+    assert 2 <= saved < STEPS, _logs(folder, "preempted")
+    assert f"preempted at iteration {saved} of {STEPS}; requeued" in log.read_text(), _logs(folder, "preempted")
+    cluster.wait_for(other, {"COMPLETED"}, 60)
+    ended = cluster.wait_for(job, {"COMPLETED", "FAILED"}, 200)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), _logs(folder, "preempted")
+    assert f"resumed from iteration {saved} in" in _logs(folder, "preempted")
+    assert _numbers(_rows(folder, "preempted")) == _numbers(uninterrupted)
+
+
 def test_a_failing_rank_ends_the_job_everywhere(cluster, folder):
     """Non-zero on both nodes within a minute of the failure, and the first failing rank's own words in the log."""
     cluster.power_on("node2")
