@@ -146,6 +146,7 @@ SYMBOLS: dict[str, Symbol] = {
     "HybridModel.forward": Symbol(
         "megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", _LOSS_ARGUMENTS, since=(0, 18)
     ),
+    "DotProductAttention": Symbol("megatron.core.transformer.dot_product_attention", "DotProductAttention"),
     "ColumnParallelLinear": Symbol("megatron.core.tensor_parallel", "ColumnParallelLinear"),
     "ColumnParallelLinear.forward": Symbol(
         "megatron.core.tensor_parallel",
@@ -226,6 +227,7 @@ SYMBOLS: dict[str, Symbol] = {
         is_last_rank=(),
         pretrain=("forward_step_func", "train_valid_test_dataset_provider"),
         print_rank_last=(),
+        setup_model_and_optimizer=(),
         train_step=(),
     ),
     "training_package": Symbol("megatron.training"),
@@ -327,6 +329,16 @@ def language_models() -> list[type]:
     """The causal language models that there are; a name that only stands for another of them is left out."""
     names = [name for name in ("GPTModel", "MambaModel", "HybridModel") if has(name)]
     return [model for name in names if "forward" in vars(model := SYMBOLS[name].find())]
+
+
+def comes_with_megatron(spec: list[str] | None) -> bool:
+    """Whether ``--spec`` names layers of megatron-core, as no ``--spec`` does."""
+    return not spec or spec[0].startswith(f"{CORE}.")
+
+
+def hybrid_rotary_source() -> str:
+    """How the hybrid model of this release (MambaModel before 0.18) is built, as text: what its embedding is given."""
+    return inspect.getsource(SYMBOLS["HybridModel" if has("HybridModel") else "MambaModel"].find().__init__)
 
 
 def loss_caller(model: type) -> str:

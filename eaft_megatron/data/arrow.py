@@ -43,7 +43,7 @@ class ShardWriter:
         self.files[-1]["rows"] += batch.num_rows
 
     def _close_shard(self) -> None:
-        if self._writer is not None and self._sink is not None:
+        if self._writer is not None:
             self._writer.close()
             self._sink.close()
         self._writer = self._sink = None

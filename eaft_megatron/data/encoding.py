@@ -152,7 +152,6 @@ def _start_worker(tokenizer: Any, options: PrepareOptions) -> None:
 
 
 def _work(batch: _Batch) -> EncodedBatch:
-    assert _worker is not None  # _start_worker ran before
     return _encode_batch(*_worker, batch)
 
 

@@ -74,7 +74,7 @@ def sample_text(
     if row is None and data.packs is None:
         row = sample
     what, number, size = ("row", row, len(data)) if row is not None else ("sample", sample, len(data.packs or ()))
-    if number is None or not 0 <= number < size:
+    if not 0 <= number < size:
         raise ValueError(f"--{what} {number}: {data.path} has {what}s 0 to {size - 1}")
     rows = [number] if what == "row" else data.pack(number).tolist()
     parts = []

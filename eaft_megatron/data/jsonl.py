@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-_NOT_BLANK = re.compile(r"[^ \t\r\n]")
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20  # characters
 _LONGEST = 1 << 28
 
@@ -82,10 +82,9 @@ class _ArrayText:
     def peek(self) -> str:
         """The next character that is not blank, "" at the end of the file."""
         while True:
-            if (character := _NOT_BLANK.search(self._text, self._at)) is not None:
-                self._at = character.start()
+            self._at = _BLANKS.match(self._text, self._at).end()
+            if self._at < len(self._text):
                 return self._text[self._at]
-            self._at = len(self._text)
             if not self._read(_PIECE):
                 return ""
 

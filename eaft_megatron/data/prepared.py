@@ -110,8 +110,6 @@ class PreparedData:
 
     def pack(self, index: int) -> np.ndarray:
         """``[r]`` int64: the rows of one pack."""
-        if self.packs is None:
-            raise ValueError(f"{self.path} is not packed: `eaft-megatron prepare --repack {self.path} --seq-length N`")
         return self.packs.values("rows", index)
 
     @property

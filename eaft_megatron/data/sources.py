@@ -147,7 +147,6 @@ class _JsonSource(_FileSource):
     def rows(self) -> Iterator[tuple[str, Raw]]:
         empty = True
         try:
-            file: Any
             with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
                 array = self.path.suffix == ".json" and _starts_with_bracket(file)
                 for number, raw in iter_json_array(file, self.name) if array else iter_lines(file):

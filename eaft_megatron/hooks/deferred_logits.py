@@ -141,7 +141,7 @@ def _check_layer(layer: torch.nn.Module, config: Any) -> None:
         (layer.bias is not None, "an output layer with a bias"),
         (layer.gather_output, "an output layer that gathers its logits (parallel_output=False)"),
         (getattr(layer, "disable_grad_reduce", False), "an output layer with disable_grad_reduce"),
-        (getattr(layer, "output_dtype", None) not in (None, config.params_dtype), "--logit-dtype"),
+        (getattr(layer, "output_dtype", None) not in (None, config.params_dtype), "--output-logit-dtype"),
         (getattr(layer, "gtp_remat_size", 1) > 1, "an output layer whose weight is spread over a further group"),
         (getattr(config, "defer_embedding_wgrad_compute", False), "--defer-embedding-wgrad-compute"),
         (getattr(config, "config_logger_dir", ""), "--config-logger-dir, which writes whole logits"),

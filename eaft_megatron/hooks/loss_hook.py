@@ -19,6 +19,7 @@ from torch import Tensor
 
 from eaft_megatron import megatron_map
 from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring, linear_options
+from eaft_megatron.hooks.model_checks import check_model
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.loss.gate import Gate
 from eaft_megatron.loss.gates import SFTGate
@@ -269,6 +270,8 @@ def _note_arguments(hook: LossHook, owner: type, name: str) -> None:
                 f"output_processor takes the loss of {type(self).__name__} into its own hands, where {hook.name} "
                 "cannot reach it: remove it, or call vocab_parallel_eaft_loss in it"
             )
+        if arguments.get("labels") is not None:
+            check_model(self, arguments, hook.name)
         outer, hook._noted = hook._noted, {key: arguments.get(key) for key in _NOTED}
         defers = hook.settings.linear_chunk is not None and arguments.get("labels") is not None
         try:
@@ -330,9 +333,12 @@ def _has_cuda_graphs(config: Any) -> bool:
 
 def _data_parallel_group(model: torch.nn.Module):
     """Data x context parallel, the scope of batch statistics."""
-    group = getattr(getattr(model, "pg_collection", None), "dp_cp", None)
-    if group is not None:
-        return group
+    collection = getattr(model, "pg_collection", None)
+    # Where weights are spread over a further axis (0.19 on), its ranks hold other data too.
+    for name in ("dp_cp_gtp_remat", "dp_cp"):
+        group = getattr(collection, name, None)
+        if group is not None:
+            return group
     from eaft_megatron.megatron_map import parallel_state
 
     return parallel_state.get_data_parallel_group(with_context_parallel=True)

@@ -12,22 +12,21 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eaft_megatron.hooks.arguments import add_eaft_arguments, named_paths, settings_from_args
 from eaft_megatron.hooks.evaluation import evaluate_sets
+from eaft_megatron.hooks.hybrid_checks import check_hybrid
 from eaft_megatron.hooks.loss_hook import check_own_gate, install, installed
+from eaft_megatron.hooks.masked_packs import check_built_models
 from eaft_megatron.hooks.metrics import wrap_forward_step
-from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check
+from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check, uneven_averages
 from eaft_megatron.hooks.reporting import watch_training
 from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.hooks.side_columns import rebind_get_batch
 from eaft_megatron.loss.gate import Gate
 from eaft_megatron.megatron_map import release, validate_args_modules
-
-if TYPE_CHECKING:
-    from eaft_megatron.hooks.prepared_source import PreparedSource
 
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
@@ -36,7 +35,7 @@ def attach(
     args: argparse.Namespace,
     forward_step_func: Callable | None = None,
     *,
-    prepared: PreparedSource | None = None,
+    prepared: Any = None,
     gate: Gate | None = None,
 ) -> Callable | None:
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
@@ -47,7 +46,7 @@ def attach(
     Args:
         args: Megatron-LM's flags, ours among them.
         forward_step_func: to be given our metrics.
-        prepared: what opens ``--sft-data``, :class:`eaft_megatron.hooks.prepared_source.PreparedSource`; from ``run``.
+        prepared: what opens ``--sft-data``, :class:`eaft_megatron.data.megatron_source.MegatronSource`; from ``run``.
         gate: one of your own, instead of ``--loss-type``; its ``repr`` is kept in ``args``, and a run that resumes a
             checkpoint must have the same.
 
@@ -62,11 +61,14 @@ def attach(
     settings = settings_from_args(args)
     if gate is not None:
         _note_own_gate(args, settings, gate)
+    check_hybrid(args)
     guard_resumption()
     carry_record(args)
     if settings.loss_type == "sft" and gate is None:
         if settings.linear_chunk is not None:
             raise ValueError("--eaft-linear-chunk: --loss-type sft is Megatron's own loss, of whole logits: remove it")
+        if (wrong := uneven_averages(args)) and getattr(args, "rank", 0) == 0:
+            warnings.warn(wrong, stacklevel=2)
         _say_what_sft_ignores(args)
         _open_data(args, settings.gate(), prepared)
         return forward_step_func
@@ -75,6 +77,8 @@ def attach(
     active = installed()
     if active is None:
         refuse_unsupported(args)
+        if wrong := uneven_averages(args):
+            raise ValueError(wrong)
         _refuse_without_scores(args, gate or settings.gate())
         active = install(settings, gate=gate)
         active.check_finite = turns_off_nan_check(args, release())
@@ -102,7 +106,7 @@ def _say_what_sft_ignores(args: argparse.Namespace) -> None:
             warnings.warn(f"{flag} has no effect with --loss-type sft, which is Megatron's own loss", stacklevel=3)
 
 
-def _open_data(args: argparse.Namespace, gate: Gate, prepared: PreparedSource | None) -> None:
+def _open_data(args: argparse.Namespace, gate: Gate, prepared: Any) -> None:
     """Open --sft-data, and have its evaluation sets evaluated one by one; last, so that it sees our wrappers."""
     if not args.sft_data:
         if args.sft_eval_data or args.sft_packing != "auto":
@@ -122,10 +126,12 @@ def _open_data(args: argparse.Namespace, gate: Gate, prepared: PreparedSource | 
         args.eval_iters = 0
         if first:
             print("no --sft-eval-data: nothing is evaluated (--eval-iters 0)", flush=True)
+    if data.layout.packed and not data.layout.thd:
+        check_built_models()
     evaluate_sets(prepared.evaluation_sets, prepared.evaluation_dataset)
 
 
-def rebind_megatron(prepared: PreparedSource | None = None) -> None:
+def rebind_megatron(prepared: Any = None) -> None:
     """Have Megatron-LM's modules take the loss flags and call :func:`attach` themselves; scripts stay untouched.
 
     Args:
@@ -201,7 +207,7 @@ def taken_flag_message(flag: str) -> str:
     )
 
 
-def _attaching(validate_args: Callable, prepared: PreparedSource | None) -> Callable:
+def _attaching(validate_args: Callable, prepared: Any) -> Callable:
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **kwargs: Any):
         result = validate_args(args, *rest, **kwargs)
@@ -211,7 +217,7 @@ def _attaching(validate_args: Callable, prepared: PreparedSource | None) -> Call
     return validate
 
 
-def _with_our_forward_step(pretrain: Callable, prepared: PreparedSource | None) -> Callable:
+def _with_our_forward_step(pretrain: Callable, prepared: Any) -> Callable:
     signature = inspect.signature(pretrain)
 
     @functools.wraps(pretrain)

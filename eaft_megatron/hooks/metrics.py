@@ -137,7 +137,7 @@ def _in_form_of(own: Any, sums: dict[str, tuple[Tensor, Tensor | None]], loss_ma
         }
     if isinstance(own, Tensor) and own.numel() == 1:
         totals, counts = _sum_over_data_parallel(torch.stack([totals, counts]))
-        means = (totals / counts).to(own.dtype)
+        means = (totals / counts.masked_fill(counts == 0, 1)).to(own.dtype)  # 0 where no token counts
         return {name: mean.view(own.shape) for name, mean in zip(sums, means, strict=True)}
     raise ValueError(
         f"the report's 'lm loss' must be tensor([sum, count]), (sum, count) or a scalar tensor, got {own!r}"

@@ -70,6 +70,17 @@ def refuse_unsupported(args: argparse.Namespace) -> None:
             raise ValueError(f"--eaft-linear-chunk cannot serve {flag}: remove one of them")
 
 
+def uneven_averages(args: argparse.Namespace) -> str | None:
+    """What is wrong with context parallelism without --calculate-per-token-loss, Megatron's own loss included."""
+    if getattr(args, "context_parallel_size", 1) == 1 or getattr(args, "calculate_per_token_loss", False):
+        return None
+    return (
+        f"--context-parallel-size {args.context_parallel_size} without --calculate-per-token-loss: each rank's part of "
+        "a sample is averaged by itself, however few of its tokens count, so that the gradient changes with the size: "
+        "give --calculate-per-token-loss"
+    )
+
+
 def turns_off_nan_check(args: argparse.Namespace, version: tuple[int, int]) -> bool:
     """Whether Megatron itself may look for no NaN in the loss, so that we have to.
 

@@ -108,19 +108,21 @@ def _spread(seen: dict[str, Any], names: Sequence[str], shape: torch.Size, cu_se
         if cu_seqlens is not None:
             column = column.reshape(1, -1)  # packed micro-batches of several samples become one row
         if size > 1:
-            positions = cut(column.shape[1], size, rank, _bounds(cu_seqlens))
+            positions = cut(column.shape[1], size, rank, _bounds(cu_seqlens, shape[1]))
             column = column.index_select(1, positions.to(device))
         spread[name] = column
     return spread
 
 
-def _bounds(cu_seqlens: Tensor | None) -> list[int] | None:
-    """Where packed sequences end, ascending, each once: Megatron repeats the last one as padding."""
+def _bounds(cu_seqlens: Tensor | None, length: int) -> list[int] | None:
+    """Where packed sequences end, ascending, each once: Megatron repeats the last one as padding.
+
+    Several packs of ``length`` positions in a micro-batch (``cu_seqlens`` ``[b, n]``) stand one behind the other.
+    """
     if cu_seqlens is None:
         return None
-    if cu_seqlens.dim() == 2 and cu_seqlens.shape[0] > 1:
-        raise ValueError("context parallelism with several packed samples in a micro-batch: --micro-batch-size 1")
-    return sorted(set(cu_seqlens.flatten().tolist()))
+    packs = cu_seqlens.reshape(-1, cu_seqlens.shape[-1]).tolist()
+    return sorted({number * length + bound for number, pack in enumerate(packs) for bound in pack})
 
 
 def _on_last_stage() -> bool:

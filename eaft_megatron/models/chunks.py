@@ -14,10 +14,9 @@ from .transforms import ModelSizes
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
-def unwrap(model: nn.Module | list[nn.Module]) -> list[Any]:
+def unwrap(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
     """The GPTModel chunks inside, whatever DDP or Float16Module is around them."""
-    chunks: list[Any] = []
-    chunk: Any
+    chunks = []
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
             chunk = chunk.module
@@ -29,7 +28,7 @@ def unwrap(model: nn.Module | list[nn.Module]) -> list[Any]:
     return chunks
 
 
-def parameters(chunks: list[Any]) -> Iterator[tuple[str, int | None, nn.Parameter]]:
+def parameters(chunks: list[nn.Module]) -> Iterator[tuple[str, int | None, nn.Parameter]]:
     """(name in the whole model, global layer index or None, parameter) for all that this rank holds."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import uuid
@@ -21,7 +20,7 @@ from .architecture import find_entry, is_copy_of_embedding
 from .chunks import parameters, sizes_of, unwrap
 from .config_fields import is_tied, model_sizes
 from .hf_config import architecture_of, read_hf_config
-from .hf_writer import SafetensorsWriter, carry_files, check_output, finish_shards, write_config
+from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
 
 
 @torch.no_grad()
@@ -100,7 +99,7 @@ def _gather(tensor: Tensor, group: Any) -> list[Tensor]:
     return shards or []
 
 
-def _check_same_model(chunks: list[Any], hf_config: dict) -> None:
+def _check_same_model(chunks: list[nn.Module], hf_config: dict) -> None:
     config, sizes = chunks[0].config, sizes_of(chunks[0], hf_config)
     described = model_sizes(hf_config, sizes.padded_vocab)
     if config.num_layers != hf_config["num_hidden_layers"] or sizes != described:
@@ -120,16 +119,16 @@ def _write_stage(chunks: list[nn.Module], hf_config: dict, folder: Path, dtype: 
 
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
-    writer = SafetensorsWriter(folder, parallel_state.get_pipeline_model_parallel_rank(), dtype)
+    writer = ShardWriter(folder, parallel_state.get_pipeline_model_parallel_rank(), dtype)
     error = None
     for tensors in hf_tensors(chunks, hf_config):
         for name, tensor in tensors:
-            error = error or _try(functools.partial(writer.add, name, tensor))
+            error = error or _try(lambda name=name, tensor=tensor: writer.add(name, tensor))
     return error or _try(writer.flush)
 
 
 def _finish(
-    chunks: list[Any], hf_config: dict, source: Path, folder: Path, output: Path, dtype: torch.dtype | None
+    chunks: list[nn.Module], hf_config: dict, source: Path, folder: Path, output: Path, dtype: torch.dtype | None
 ) -> None:
     """Rank 0, once all shards lie in folder."""
     config, sizes = chunks[0].config, sizes_of(chunks[0], hf_config)

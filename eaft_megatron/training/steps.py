@@ -75,10 +75,10 @@ def evaluation_batches(dataset: PreparedDataset, args: argparse.Namespace, devic
     count = min(args.eval_samples or len(dataset), len(dataset))
     order = sorted(range(count), key=dataset.sample_length)
     for begin in range(0, count, args.global_batch_size):
-        rows = order[begin : begin + args.global_batch_size]
-        length = dataset.padded_length(rows, _LENGTH_MULTIPLE)
-        filled = [*rows, *[None] * (args.global_batch_size - len(rows))]
-        own = filled[parallel_state.get_data_parallel_rank() :: args.data_parallel_size]
+        part: list[int | None] = list(order[begin : begin + args.global_batch_size])
+        length = dataset.padded_length(part, _LENGTH_MULTIPLE)
+        part += [None] * (args.global_batch_size - len(part))
+        own = part[parallel_state.get_data_parallel_rank() :: args.data_parallel_size]
         size = args.micro_batch_size
         yield _load(dataset, [own[i : i + size] for i in range(0, len(own), size)], length, device), length
 

@@ -24,7 +24,7 @@ FAMILIES = {  # flags that make another model; a HybridModel's pattern where the
     "mtp": (("--mtp-num-layers", "1", *_EXTRA_HEAD), None),
     "hybrid mtp": (_EXTRA_HEAD, "*-*-*-*-/*-"),  # no GPT checkpoint has its head
     "moe": (
-        ("--num-experts", "4", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "0", "--moe-grouped-gemm")
+        ("--num-experts", "4", "--moe-router-topk", "2", "--moe-aux-loss-coeff", "0")
         + ("--moe-token-dispatcher-type", "alltoall", "--disable-bias-linear"),
         None,
     ),

@@ -47,7 +47,10 @@ class Jobs:
 
     def __init__(self, tree: Path | None = None) -> None:
         self.tree = tree or Path(__file__).parent
-        paths, variables = [str(self.tree), str(REPOSITORY)], {"TORCHDYNAMO_DISABLE": "1"}
+        # The repository first, for Megatron-LM has a package `tests` too; `run` puts the script's folder in the first
+        # one's place.
+        paths = [str(REPOSITORY), str(REPOSITORY), str(self.tree)]
+        variables = {"TORCHDYNAMO_DISABLE": "1"}
         variables |= {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         self._paths = [*paths, *(path for path in sys.path if path not in paths)]
         with self._place(variables):

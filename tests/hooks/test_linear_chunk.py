@@ -242,7 +242,7 @@ def _check_refusals(model, batch, hook) -> None:
     refused("as a plain tensor")
     del layer.weight.is_torch_fsdp2_param
     layer.output_dtype = torch.float64
-    refused("cannot serve --logit-dtype")
+    refused("cannot serve --output-logit-dtype")
     del layer.output_dtype
     layer.weight.__fsdp_param__ = True
     with pytest.raises(ValueError, match="as a plain tensor"):

@@ -71,7 +71,9 @@ class Release:
     def run(self, flags: list[str], *, hybrid: str | None = None, family: str = "dense", **options) -> Result:
         """A job of the family's model; HybridModel's depth is its pattern."""
         depth = ["--num-layers", str(BLOCKS)] if hybrid is None else ["--hybrid-layer-pattern", hybrid, *HYBRID_SPEC]
-        return self.jobs.run(self.script(bool(hybrid)), [*BASE, *depth, *FAMILIES[family][0], *flags], **options)
+        grouped = ["--moe-grouped-gemm"] if family == "moe" and "local" not in flags else []
+        flags = [*BASE, *depth, *FAMILIES[family][0], *grouped, *flags]
+        return self.jobs.run(self.script(bool(hybrid)), flags, **options)
 
     def checkpoint(self, family: str) -> list[str]:
         """Flags that start from the family's weights, saved once from the TE spec."""

@@ -20,7 +20,7 @@ from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_fol
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
 
 
-class PreparedBatches:
+class MegatronData:
     """``--sft-data`` and ``--sft-eval-data`` of one job.
 
     Args:
@@ -68,7 +68,14 @@ class PreparedBatches:
             )
         cut = 2 * self.args.context_parallel_size if self.args.context_parallel_size > 1 else 1
         if self.layout.thd and self.args.context_parallel_size > 1:
-            multiple = data.manifest["packing"]["pad_to_multiple_of"] if packed else 1
+            if not packed:
+                raise ValueError(
+                    f"--context-parallel-size {self.args.context_parallel_size} with --sft cuts each row into {cut} "
+                    "equal pieces, which single rows are not padded for: leave --sft out (each sample is then cut as a "
+                    f"whole), or pack them: `eaft-megatron prepare --repack {data.path} --seq-length "
+                    f"{self.args.seq_length} --pad-to-multiple-of {cut}` and no --sft-packing none"
+                )
+            multiple = data.manifest["packing"]["pad_to_multiple_of"]
             if multiple % cut:
                 raise ValueError(
                     f"{data.path}: --context-parallel-size {self.args.context_parallel_size} cuts each row into {cut} "
@@ -89,13 +96,13 @@ class PreparedBatches:
         content = [content_of(self.train.data.manifest), self.layout.packed, self.args.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def training_dataset(self, samples: int) -> Samples:
+    def training_dataset(self, samples: int) -> torch.utils.data.Dataset:
         """``samples`` samples, epoch after epoch, each epoch in an order of its own that follows from ``--seed``."""
         self.train.compute_columns()
         # One batch more than is asked for: a job that is started again when it is done must find a sample to wait for.
         return Samples(self, self.train, samples + self.args.global_batch_size, seed=self.args.seed, side=True)
 
-    def evaluation_dataset(self, name: str, batch_size: int) -> Samples:
+    def evaluation_dataset(self, name: str, batch_size: int) -> torch.utils.data.Dataset:
         """A set from its first sample on, filled up to whole batches with samples whose loss mask is 0."""
         dataset = self.evaluation[name]
         return Samples(self, dataset, -(-len(dataset) // batch_size) * batch_size, seed=None, side=True)
@@ -124,9 +131,7 @@ class PreparedBatches:
 class Samples(torch.utils.data.Dataset):
     """A row of ``count`` samples: epoch after epoch, shuffled; or, if seed is None, each once, then masked ones."""
 
-    def __init__(
-        self, data: PreparedBatches, dataset: PreparedDataset, count: int, seed: int | None, side: bool
-    ) -> None:
+    def __init__(self, data: MegatronData, dataset: PreparedDataset, count: int, seed: int | None, side: bool) -> None:
         self._data, self._dataset, self._count, self._seed, self._side = data, dataset, count, seed, side
         self._order = functools.lru_cache(maxsize=2)(epoch_order)
 
@@ -174,7 +179,9 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
     Raises:
         ValueError: flags under which rows would not be kept apart, or that this release cannot do.
     """
-    choice, sft, local = args.sft_packing, getattr(args, "sft", False), args.transformer_impl == "local"
+    hybrid = any(getattr(args, name, None) for name in ("hybrid_layer_pattern", "hybrid_override_pattern"))
+    # A HybridModel's layers are Transformer Engine's, whatever --transformer-impl says.
+    choice, sft, local = args.sft_packing, getattr(args, "sft", False), args.transformer_impl == "local" and not hybrid
     if choice == "auto":
         choice = "thd" if sft else "none" if not has_packing else "mask" if local else "thd"
     if sft and choice != "thd" and not (choice == "none" and not local and version >= (0, 17)):
@@ -185,8 +192,8 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
     if choice == "mask":
         if not local:
             raise ValueError(
-                "--sft-packing mask needs --transformer-impl local: Transformer Engine's causal attention ignores the "
-                "mask and would look across the rows of a pack"
+                "--sft-packing mask needs --transformer-impl local (and no HybridModel): Transformer Engine's causal "
+                "attention ignores the mask and would look across the rows of a pack"
             )
         if not args.create_attention_mask_in_dataloader:
             raise ValueError("--sft-packing mask: leave --no-create-attention-mask-in-dataloader out")
