@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def _violations(path: Path) -> list[str]:
 
 
 FILES = sorted(ROOT.rglob("*.py"))
+TESTS_ROOT = Path(__file__).resolve().parent
+TESTS = sorted(path for path in TESTS_ROOT.rglob("*.py") if path != Path(__file__).resolve())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -81,6 +84,35 @@ def test_a_violation_is_seen(tmp_path, monkeypatch):
     path = tmp_path / "loss" / "imagined.py"
     path.write_text("def f():\n    from ..hooks import install\n    import megatron.core\n")
     assert _violations(path) == [f"{OURS}.hooks", f"{OURS}.hooks.install", "megatron"]
+
+
+def _imported_test_modules(path: Path) -> list[str]:
+    """What of test modules a file imports, also in programs that it holds as text for another interpreter."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names += re.findall(r"\b(?:from|import) ([\w.]*\btest_\w+)", node.value)
+    return [name for name in names if re.search(r"(^|\.)test_", name)]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(TESTS_ROOT).as_posix())
+def test_no_helper_is_imported_out_of_a_test_module(path):
+    """What two test modules need lies in a plain one: importing a test module would run or rename its tests."""
+    assert _imported_test_modules(path) == []
+
+
+def test_an_import_of_a_test_module_is_seen(tmp_path):
+    """Absolute, relative, within a function, and within the text of a program."""
+    path = tmp_path / "helpers.py"
+    path.write_text(
+        "from .test_a import f\nfrom tests import cases, test_d\n"
+        "def g():\n    import tests.test_b\nrun('from tests.test_c import h')\n"
+    )
+    assert sorted(_imported_test_modules(path)) == ["test_a.f", "tests.test_b", "tests.test_c", "tests.test_d"]
 
 
 def test_importing_the_package_needs_torch_alone():

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from eaft_megatron.data.prepare import prepare
 from eaft_megatron.data.prepare_options import PrepareOptions
 from tests.data.conftest import build_tokenizer
-from tests.data.test_prepare import chats, write
+from tests.data.conversations import chats, write
 from tests.models.tiny import save, tiny_llama
 
 ROWS = 24

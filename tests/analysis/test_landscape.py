@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,23 +22,7 @@ from eaft_megatron.analysis.tokens import ScoredTokens, read_rows, read_tokens
 from eaft_megatron.cli import main
 from eaft_megatron.data.encoding import load_tokenizer
 from eaft_megatron.data.prepared import PreparedData, write_column
-
-RECORD = {"model": {"name": "made/up", "config_sha256": "c", "weights_fingerprint": "w"}, "dtype": "float32"}
-
-
-def write_scores(folder: Path, seed: int = 0) -> PreparedData:
-    """Columns drawn at random: entropies of K = 5, 20 and all, and probabilities that go with them."""
-    data, generator = PreparedData(folder), np.random.default_rng(seed)
-    entropy = [generator.exponential(0.8, n).clip(0, 2.9).astype(np.float32) for n in data.lengths]
-    columns = {
-        "topk_entropy": (entropy, {"topk": 20}),
-        "topk_entropy_5": ([h * 0.5 for h in entropy], {"topk": 5}),
-        "entropy": ([h + generator.exponential(0.1, len(h)) for h in entropy], {}),
-        "ref_logprob": ([-generator.exponential(0.2 + h) for h in entropy], {}),
-    }
-    for name, (rows, extra) in columns.items():
-        write_column(data, name, (np.concatenate([[0], row[1:]]) for row in rows), {**RECORD, **extra})
-    return PreparedData(folder)
+from tests.analysis.columns import RECORD, write_scores
 
 
 @pytest.fixture

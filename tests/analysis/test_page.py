@@ -14,7 +14,7 @@ from eaft_megatron.analysis.landscape_files import page_samples, write_landscape
 from eaft_megatron.analysis.tokens import read_tokens
 from eaft_megatron.data.encoding import load_tokenizer
 from tests.analysis.browser import MISSING, open_browser
-from tests.analysis.test_landscape import write_scores
+from tests.analysis.columns import write_scores
 
 needs_browser = pytest.mark.skipif(bool(MISSING), reason=str(MISSING))
 

@@ -20,6 +20,7 @@ from eaft_megatron.analysis.token_scores import full_entropy
 from eaft_megatron.cli import main
 from eaft_megatron.data.prepared import PreparedData
 from eaft_megatron.testing.distributed import run_distributed
+from tests.analysis.columns import truth
 from tests.analysis.conftest import make_model
 
 ALL = (
@@ -31,20 +32,6 @@ ALL = (
     "topk_entropy_50",
     "sum_p_squared",
 )
-
-
-def truth(model, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Columns of one row from transformers' logits, alone in its batch, and log_softmax in float64."""
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0, :-1].double()
-    logp = logits.log_softmax(-1)
-    columns = {"ref_logprob": logp.gather(1, torch.from_numpy(ids[1:].astype(np.int64))[:, None])[:, 0]}
-    columns["sum_p_squared"] = logp.exp().square().sum(-1)
-    columns["entropy"] = -(logp.exp() * logp).sum(-1)
-    for k in (5, 10, 20, 50):
-        q = logits.topk(k).values.log_softmax(-1)
-        columns["topk_entropy" if k == 20 else f"topk_entropy_{k}"] = -(q.exp() * q).sum(-1)
-    return {name: np.concatenate([[0.0], values.numpy()]) for name, values in columns.items()}
 
 
 def values(folder, name: str) -> np.ndarray:

@@ -13,8 +13,8 @@ import pytest
 
 from eaft_megatron.cli import main
 from eaft_megatron.data.prepared import PreparedData
-from tests.analysis.test_scoring import truth
-from tests.data.test_prepare import write
+from tests.analysis.columns import truth
+from tests.data.conversations import write
 
 GGUF = os.environ.get("EAFT_SMOLLM2_GGUF")
 pytestmark = [

@@ -10,7 +10,7 @@ pytest.importorskip("datasets")
 
 from eaft_megatron.cli import main
 from tests.data.conftest import build_tokenizer
-from tests.data.test_prepare import chats, write
+from tests.data.conversations import chats, write
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from eaft_megatron.data.megatron_lm import MegatronData, choose_layout
 from eaft_megatron.data.prepare import prepare
 from eaft_megatron.data.prepare_options import PrepareOptions
 from tests.data.conftest import build_tokenizer
-from tests.data.test_prepare import chats, write
+from tests.data.conversations import chats, write
 
 
 def _args(**given) -> argparse.Namespace:

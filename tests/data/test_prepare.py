@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -22,24 +21,7 @@ from eaft_megatron.data.prepare import prepare, repack
 from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import PreparedData, evaluation_folders, training_folder
 from tests.data.conftest import build_tokenizer
-
-
-def chats(count: int) -> list[dict]:
-    """Conversations of one to three turns, unequal in length."""
-    rows = []
-    for number in range(count):
-        messages = [{"role": "system", "content": "add"}]
-        for turn in range(1 + number % 3):
-            messages.append({"role": "user", "content": f"{number} + {turn}?"})
-            messages.append({"role": "assistant", "content": f"{number + turn}, " * (1 + number * 7 % 5)})
-        rows.append({"messages": messages})
-    return rows
-
-
-def write(path, rows) -> str:
-    """JSONL; strings are written as they are."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
+from tests.data.conversations import chats, write
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import PreparedData, write_column
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask, flow_weights
 from tests.data.conftest import build_tokenizer
-from tests.data.test_prepare import chats, write
+from tests.data.conversations import chats, write
 
 MULTIPLE = 4
 

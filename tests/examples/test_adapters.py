@@ -9,6 +9,7 @@ import inspect
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from eaft_megatron.hooks.metrics import METRICS
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
 from tests.examples.slime_batch import COLUMNS, VOCAB, pieces, reduction, reference, sample_logits, samples, total_of
+from tests.worlds import once
 
 ADAPTERS = Path(__file__).parents[2] / "examples" / "adapters"
 
@@ -214,17 +216,22 @@ def _slime_answers() -> list[tuple[dict[str, float], torch.Tensor]]:
     return [_slime_answer(layout) for layout in LAYOUTS]
 
 
-@functools.cache
 def _slime_run() -> list[list]:
     return run_distributed(_slime_answers, 2, timeout=240)
 
 
+@pytest.fixture(scope="module")
+def slime_run() -> Callable:
+    """What `_slime_run` returns, computed once for each argument."""
+    return once(_slime_run)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "-".join(map(str, layout)))
-def test_slime_agrees_with_the_reference(layout):
+def test_slime_agrees_with_the_reference(slime_run, layout):
     """Logged numbers and gradients of packed samples, cut over tensor- or context-parallel ranks."""
     pytest.importorskip("megatron.core")
     expected, gradients = reference(layout.per_token, layout.temperature)
-    ranks = [answers[LAYOUTS.index(layout)] for answers in _slime_run()]
+    ranks = [answers[LAYOUTS.index(layout)] for answers in slime_run()]
     for name, value in expected.items():
         actual = sum(log[name] for log, _ in ranks[: layout.cp])  # without context parallelism every rank has it all
         assert actual == pytest.approx(value, rel=1e-5, abs=1e-6), name

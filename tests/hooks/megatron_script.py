@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from eaft_megatron.ranks import free_port
+
+CLONE = os.environ.get("MEGATRON_LM_PATH")
+TAGS = os.environ.get("MEGATRON_LM_TAGS", "core_v0.16.1 core_v0.19.0").split()
+needs_clone = [
+    pytest.mark.skipif(not CLONE, reason="MEGATRON_LM_PATH does not name a clone of NVIDIA/Megatron-LM"),
+    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Megatron-LM's training loop imports triton"),
+]
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOCAB = 96  # NullTokenizer's 95 and one more
 
@@ -59,13 +70,12 @@ def command(
     tp: int = 1,
     pp: int = 1,
     processes: int = 1,
-    port: int,
     hooked: bool = True,
 ) -> list[str]:
     """torchrun of the script through ``eaft_megatron.run``, or without us."""
     runner = ["-m", "eaft_megatron.run", "--device", "cpu"] if hooked else ["--no-python", sys.executable, "-c", PLAIN]
     layout = ["--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp)]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", free_port()]
     return [sys.executable, *torchrun, *runner, str(script), *MODEL, *layout, *flags]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ import torch
 from eaft_megatron.hooks import LossSettings, install, loss_hook, uninstall, wrap_forward_step
 from eaft_megatron.hooks.deferred_logits import DeferredLogits, deferring
 from eaft_megatron.testing import run_distributed
+from tests.worlds import once
 
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)
@@ -101,14 +102,19 @@ def _both(processes: int) -> dict[str, tuple[dict, dict]]:
     return found
 
 
-@cache
 def _results(processes: int) -> list[dict[str, tuple[dict, dict]]]:
     return run_distributed(_both, processes, processes, timeout=200)
 
 
-def _assert_same(name: str, processes: int) -> None:
-    assert any(rank[name][0]["calls"] for rank in _results(processes))
-    for rank in _results(processes):
+@pytest.fixture(scope="module")
+def results() -> Callable:
+    """What `_results` returns, computed once for each argument."""
+    return once(_results)
+
+
+def _assert_same(results, name: str, processes: int) -> None:
+    assert any(rank[name][0]["calls"] for rank in results(processes))
+    for rank in results(processes):
         actual, expected = rank[name]
         # The last stage, in training and (without PP) in evaluation.
         assert set(actual["calls"]) <= {CHUNK} and bool(actual["calls"]) == bool(expected["seen"])
@@ -124,14 +130,14 @@ def _assert_same(name: str, processes: int) -> None:
 
 
 @pytest.mark.parametrize("name, processes", [(name, processes) for processes in (1, 2) for name in LAYOUTS[processes]])
-def test_as_with_whole_logits(name, processes):
-    _assert_same(name, processes)
+def test_as_with_whole_logits(results, name, processes):
+    _assert_same(results, name, processes)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS[4])
-def test_as_with_whole_logits_on_four(name):
-    _assert_same(name, 4)
+def test_as_with_whole_logits_on_four(results, name):
+    _assert_same(results, name, 4)
 
 
 def _in_megatron(check) -> None:

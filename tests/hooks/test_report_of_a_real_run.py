@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from eaft_megatron.hooks.metrics import METRICS
-from eaft_megatron.ranks import free_port
 from tests.hooks.megatron_script import VOCAB, reported, run
 
 SCRIPT = Path(__file__).with_name("pretrain_wheel.py")
@@ -25,7 +24,7 @@ def test_every_curve_is_what_was_printed(tmp_path, capsys):
 
     flags = ["--train-iters", "3", "--loss-type", "eaft", "--true-vocab-size", str(VOCAB)]
     flags += ["--log-throughput", "--log-timers-to-tensorboard", "--log-memory-to-tensorboard"]
-    printed = reported(run(SCRIPT, [*flags, "--tensorboard-dir", str(tmp_path / "tensorboard")], port=free_port()))
+    printed = reported(run(SCRIPT, [*flags, "--tensorboard-dir", str(tmp_path / "tensorboard")]))
     read = read_run(tmp_path)
     assert set(METRICS) <= read.training.keys() and "validation" in read.validation
     for name in METRICS:

@@ -13,10 +13,10 @@ pytest.importorskip("datasets")
 from eaft_megatron.data.prepare import prepare
 from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import PreparedData, write_column
-from tests.hooks.megatron_script import checkout, command, environment, reported, run
-from tests.hooks.test_pretrain_gpt import CLONE, TAGS, pytestmark  # noqa: F401 - the same conditions
+from tests.hooks.megatron_script import CLONE, TAGS, checkout, command, environment, needs_clone, reported, run
 from tests.training.tiny_run import write_inputs
 
+pytestmark = [pytest.mark.slow, *needs_clone]
 VOCAB = 259
 ROWS = 24
 LAYOUTS = {"tp2": dict(tp=2, processes=2), "tp2 pp2": dict(tp=2, pp=2, processes=4)}
@@ -45,7 +45,7 @@ def start(request, folder, tmp_path_factory) -> tuple[Path, list[str]]:
     checkpoint = folder / f"checkpoint-{request.param}"
     if not checkpoint.exists():
         save = ["--train-iters", "1", "--lr", "1e-9", "--save", str(checkpoint), "--save-interval", "1"]
-        run(script, [*flags, *_packed(folder), *save], port=29760)
+        run(script, [*flags, *_packed(folder), *save])
     return script, [*flags, "--load", str(checkpoint), "--finetune"]
 
 
@@ -65,9 +65,9 @@ def _assert_alike(actual: list[dict], expected: list[dict], rel: float = 1e-5) -
 def test_packed_as_one_row_a_sample(start, folder):
     """The masked pack, and the rows one by one: the same losses in both steps, the second after an update."""
     script, flags = start
-    packed = reported(run(script, [*flags, *_packed(folder)], port=29761))
+    packed = reported(run(script, [*flags, *_packed(folder)]))
     rows = ["--sft-packing", "none", "--global-batch-size", str(ROWS)]
-    _assert_alike(packed, reported(run(script, [*flags, *rows], port=29762)))
+    _assert_alike(packed, reported(run(script, [*flags, *rows])))
 
 
 @pytest.mark.parametrize("loss", [["eaft"], ["talr"], ["sft-kl"]], ids=lambda loss: loss[0])
@@ -76,8 +76,8 @@ def test_columns_reach_every_rank(start, folder, layout, loss):
     """Packed, with scores and sequences carried beside get_batch: the first step is that of one process."""
     script, flags = start
     given = [*flags, *_packed(folder), "--loss-type", *loss]
-    expected = reported(run(script, given, port=29763))
-    actual = reported(run(script, given, port=29764, **LAYOUTS[layout]))
+    expected = reported(run(script, given))
+    actual = reported(run(script, given, **LAYOUTS[layout]))
     _assert_alike(actual[:1] * 2, expected[:1] * 2)
 
 
@@ -87,8 +87,8 @@ def test_sets_are_evaluated_by_name(start, folder):
     sets = ["--sft-eval-data", f"target={folder / 'held_out'}", "--sft-eval-data", f"again={folder / 'held_out'}"]
     sets += ["--sft-eval-data", f"training={folder / 'train'}", "--eval-iters", "50", "--eval-interval", "2"]
     sets += ["--lr", "1e-9"]
-    packed = _evaluated(run(script, [*flags, *_packed(folder), *sets], port=29765))
-    rows = _evaluated(run(script, [*flags, "--sft-packing", "none", "--global-batch-size", "8", *sets], port=29766))
+    packed = _evaluated(run(script, [*flags, *_packed(folder), *sets]))
+    rows = _evaluated(run(script, [*flags, "--sft-packing", "none", "--global-batch-size", "8", *sets]))
     assert set(packed) == {"target", "again", "training"}
     assert packed["target"] == packed["again"] != packed["training"]
     for name, value in packed.items():
@@ -109,11 +109,11 @@ def test_a_resumed_run_goes_on_with_the_next_samples(start, folder, tmp_path):
     """
     script, flags = start
     flags = [*flags, "--global-batch-size", "2", "--train-iters", "4"]
-    expected = reported(run(script, flags, port=29767))
+    expected = reported(run(script, flags))
     save = ["--save", str(tmp_path), "--save-interval", "2"]
-    run(script, [*flags, *save, "--exit-interval", "2"], port=29768)
+    run(script, [*flags, *save, "--exit-interval", "2"])
     again = [flag for flag in flags if flag != "--finetune"] + ["--load", str(tmp_path)]
-    resumed = reported(run(script, again, port=29769))
+    resumed = reported(run(script, again))
     # The first line of a process that Megatron prints after a start is right; the second averages two iterations.
     assert resumed[0]["eaft loss"] == expected[2]["eaft loss"]
     manifest = folder / "train" / "manifest.json"
@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on_with_the_next_samples(start, folder, tmp_path):
     manifest.write_text(text.replace('"efficiency": 0.', '"efficiency": 0.0'))
     try:
         with pytest.raises(AssertionError, match="trained on other data than --sft-data"):
-            run(script, again, port=29770)
+            run(script, again)
     finally:
         manifest.write_text(text)
 
@@ -142,7 +142,7 @@ def test_what_cannot_be_is_refused_at_start(start, folder, extra, message):
 
     script, flags = start
     done = subprocess.run(
-        command(script, [*flags, *_packed(folder), *extra], port=29771),
+        command(script, [*flags, *_packed(folder), *extra]),
         env=environment(script),
         capture_output=True,
         text=True,

@@ -28,6 +28,6 @@ pytestmark = pytest.mark.skipif(
 def test_sft_is_megatrons_own():
     """--loss-type sft prints what the script prints without us, to the last digit."""
     flags = ["--train-iters", "2"]
-    expected = reported(run(SCRIPT, flags, port=29773, hooked=False))
-    actual = reported(run(SCRIPT, [*flags, "--loss-type", "sft"], port=29774))
+    expected = reported(run(SCRIPT, flags, hooked=False))
+    actual = reported(run(SCRIPT, [*flags, "--loss-type", "sft"]))
     assert len(expected) == 2 and actual == expected and "eaft loss" not in actual[0]

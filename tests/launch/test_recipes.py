@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -131,7 +130,7 @@ def test_megatron_lm_understands_the_flags(tmp_path):
         world = recipe.parallel.nodes * recipe.parallel.processes_per_node
         jobs.append([recipe.name, world, data_parallel_size(recipe), argv[argv.index("-m") + 3 :]])
     done = subprocess.run(
-        [sys.executable, "-c", "from tests.launch.test_recipes import parse; parse()"],
+        [sys.executable, "-m", "tests.launch.parse_flags"],
         # Ours before Megatron-LM's: both have a package named tests.
         env=environment(script) | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(script.parent)])},
         input=json.dumps(jobs),
@@ -143,23 +142,3 @@ def test_megatron_lm_understands_the_flags(tmp_path):
     assert [line for line in done.stdout.splitlines() if line.startswith("parsed ")] == [
         f"parsed {job[0]}" for job in jobs
     ]
-
-
-def parse() -> None:
-    """Runs in a process of its own, with Megatron-LM below the working directory."""
-    import megatron.training
-    import torch
-    from megatron.training import arguments
-
-    from eaft_megatron.hooks import add_eaft_arguments
-
-    # The checks ask which GPU this is: an H100.
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=9, minor=0)
-    assert Path(megatron.training.__file__).is_relative_to(Path.cwd())
-    for name, world, data_parallel, flags in json.load(sys.stdin):
-        os.environ.update(WORLD_SIZE=str(world), RANK="1")
-        sys.argv = ["pretrain_gpt.py", *flags]
-        args = arguments.parse_args(extra_args_provider=add_eaft_arguments)
-        arguments.validate_args(args)
-        assert args.data_parallel_size == data_parallel and args.loss_type == "eaft" and args.sft
-        print("parsed", name)

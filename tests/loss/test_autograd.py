@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Callable
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from eaft_megatron import vocab_parallel_eaft_loss, vocab_parallel_linear_eaft_loss
 from eaft_megatron.loss.reference import reference_eaft_loss
 from tests.loss.kernel_cases import DEVICE, where_kernels_run
+from tests.worlds import once
 
 pytest.importorskip("triton", "3.9" if DEVICE == "cpu" else "3.4", reason="the kernels run too (pip install triton)")
 
@@ -105,46 +105,51 @@ def _behaviours(impl: str) -> dict:
     return {check.__name__: check(impl) for check in (*LOST, *TWICE, *SHARED)}
 
 
-@functools.cache
 def _behaviour(impl: str) -> dict:
     return where_kernels_run(_behaviours, impl) if impl == "triton" else _behaviours(impl)
 
 
+@pytest.fixture(scope="module")
+def behaviour() -> Callable:
+    """What `_behaviour` returns, computed once for each argument."""
+    return once(_behaviour)
+
+
 @IMPLS
 @pytest.mark.parametrize("check", LOST, ids=lambda check: check.__name__)
-def test_whoever_needs_the_overwritten_logits_gets_an_error(check, impl):
+def test_whoever_needs_the_overwritten_logits_gets_an_error(behaviour, check, impl):
     """inplace_backward: never a wrong gradient in silence."""
-    assert "modified by an inplace operation" in _behaviour(impl)[check.__name__]
+    assert "modified by an inplace operation" in behaviour(impl)[check.__name__]
 
 
 @IMPLS
 @pytest.mark.parametrize("check", TWICE, ids=lambda check: check.__name__)
-def test_a_second_derivative_is_an_error(check, impl):
+def test_a_second_derivative_is_an_error(behaviour, check, impl):
     """Also beside another term that does have one, where autograd alone would take it for zero."""
-    assert "differentiated once" in _behaviour(impl)[check.__name__]
+    assert "differentiated once" in behaviour(impl)[check.__name__]
 
 
 @IMPLS
-def test_a_second_backward_through_the_linear_loss_is_the_first_again(impl):
+def test_a_second_backward_through_the_linear_loss_is_the_first_again(behaviour, impl):
     """Its logits are its own."""
-    assert _behaviour(impl)["_linear_second_backward"].count_nonzero() == 0
+    assert behaviour(impl)["_linear_second_backward"].count_nonzero() == 0
 
 
 @IMPLS
 @pytest.mark.parametrize("name", ["_expanded", "_overlapping"])
-def test_logits_that_share_memory_are_not_written_over(name, impl):
+def test_logits_that_share_memory_are_not_written_over(behaviour, name, impl):
     """The reference's gradient, summed where elements lie in one place."""
     leaf = _leaf(1, 40) if name == "_expanded" else _leaf(55)
     leaf = leaf.detach().double().cpu().requires_grad_()
     logits = leaf.expand(4, 40) if name == "_expanded" else leaf.as_strided((4, 40), (5, 1))
     reference_eaft_loss(logits, TARGET, **OPTIONS)[0].sum().backward()
-    torch.testing.assert_close(_behaviour(impl)[name].double(), leaf.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(behaviour(impl)[name].double(), leaf.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_row_beyond_the_chunk_that_shares_memory(monkeypatch):
+def test_a_row_beyond_the_chunk_that_shares_memory(behaviour, monkeypatch):
     """Plain torch with chunks of one row, where torch itself would not notice."""
     monkeypatch.setattr("eaft_megatron.loss.torch_impl._CHUNK_NUMBERS_CPU", 40)
-    torch.testing.assert_close(_expanded("torch"), _behaviour("torch")["_expanded"])
+    torch.testing.assert_close(_expanded("torch"), behaviour("torch")["_expanded"])
 
 
 def test_create_graph_alone_is_no_error():

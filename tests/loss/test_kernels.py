@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from eaft_megatron.loss.exchange import Message
 from eaft_megatron.testing import run_distributed
 from tests.loss.cases import Case, Outcome, assert_matches, build_cases, reference_outcome
 from tests.loss.kernel_cases import DEVICE, INF, adversarial_rows, shard_rows, where_kernels_run
+from tests.worlds import once
 
 # Interpreters before 3.9 fail with numpy 2.4 ("only 0-dimensional arrays can be converted"); the kernels do not mind.
 NEEDED = "3.4" if DEVICE == "cuda" else "3.9"
@@ -139,34 +140,39 @@ def _check_outcome(actual: Outcome, case: Case, where: str) -> None:
     assert_matches(actual, case, where)
 
 
-@functools.cache
 def _outcomes(everything: bool) -> dict:
     dtypes = DTYPES[:2] if everything and DEVICE == "cpu" else DTYPES  # minutes each in the interpreter
     return where_kernels_run(_all_outcomes, dtypes, everything)
 
 
-def _check_all_outcomes(everything: bool) -> None:
-    outcomes = _outcomes(everything)
+@pytest.fixture(scope="module")
+def outcomes_of() -> Callable:
+    """What `_outcomes` returns, computed once for each argument."""
+    return once(_outcomes)
+
+
+def _check_all_outcomes(outcomes_of, everything: bool) -> None:
+    outcomes = outcomes_of(everything)
     for dtype in {dtype for dtype, _ in outcomes}:
         for case in _cases(dtype, everything):
             _check_outcome(outcomes[dtype, case.name], case, f"triton, {dtype}")
 
 
-def test_the_loss_matches_the_float64_reference():
+def test_the_loss_matches_the_float64_reference(outcomes_of):
     """Loss, cross entropy, entropy, weight and gradient through impl="triton", within twice the naive fp32 error."""
-    assert len(_outcomes(everything=False)) >= sum(map(len, FAST_CASES.values()))
-    _check_all_outcomes(everything=False)
+    assert len(outcomes_of(everything=False)) >= sum(map(len, FAST_CASES.values()))
+    _check_all_outcomes(outcomes_of, everything=False)
 
 
 @pytest.mark.slow
-def test_the_loss_matches_the_float64_reference_everywhere():
+def test_the_loss_matches_the_float64_reference_everywhere(outcomes_of):
     """The same for every case of the loss with its own K."""
-    _check_all_outcomes(everything=True)
+    _check_all_outcomes(outcomes_of, everything=True)
 
 
-def test_the_weight_is_the_torch_paths():
+def test_the_weight_is_the_torch_paths(outcomes_of):
     """Same multiset, other exponentials: weights agree to 1e-6 relative (both are within 5e-7 of the truth)."""
-    outcomes = _outcomes(everything=False)
+    outcomes = outcomes_of(everything=False)
     for dtype in DTYPES:
         for case in _cases(dtype, everything=False):
             plain = _loss_outcome(case, "torch", inplace=False).weight

@@ -6,15 +6,16 @@ for them: at 4.3 TB/s and 1.7 GHz its 132 multiprocessors can issue about 13 per
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from eaft_megatron.testing import run_distributed
+from tests.worlds import once
 
 pytest.importorskip("triton", "3.4", reason="the kernels are tested with Triton 3.4 and later (pip install triton)")
 
@@ -106,11 +107,16 @@ def _compile_all(everything: bool) -> dict:
     return out
 
 
-@functools.cache
 def _compiled(everything: bool) -> dict:
     """In a process that has neither the interpreter nor an old cache."""
     (result,) = run_distributed(_in_a_folder_of_its_own, 1, everything, env={"TRITON_INTERPRET": None}, timeout=500)
     return result
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Callable:
+    """What `_compiled` returns, computed once for each argument."""
+    return once(_compiled)
 
 
 def _in_a_folder_of_its_own(everything: bool) -> dict:
@@ -143,18 +149,18 @@ def _hot_loop(sass: str) -> list[str]:
 
 
 @EXTENT
-def test_nothing_spills(everything):
+def test_nothing_spills(compiled, everything):
     """No local memory, no stack, no shared memory in any kernel; registers for at least 9 warps, at K <= 32 for 16."""
-    for name, found in _compiled(everything).items():
+    for name, found in compiled(everything).items():
         assert (found["local"], found["stack"], found["shared"]) == (0, 0, 0), name
         limit = 216 if name[0] == "statistics" and name[3] > 32 else 128
         assert found["registers"] <= limit, f"{name}: {found['registers']} registers"
 
 
 @EXTENT
-def test_the_hot_loop_loads_16_bytes_at_a_time(everything):
+def test_the_hot_loop_loads_16_bytes_at_a_time(compiled, everything):
     """Every load of the statistics' loop over the tiles takes 16 bytes, as many loads as the tile needs."""
-    for name, found in _compiled(everything).items():
+    for name, found in compiled(everything).items():
         if name[0] == "statistics":
             loads = [line for line in _hot_loop(found["sass"]) if "LDG" in line]
             assert all("LDG.E.128" in line for line in loads), name
@@ -162,9 +168,9 @@ def test_the_hot_loop_loads_16_bytes_at_a_time(everything):
 
 
 @EXTENT
-def test_the_hot_loop_fits_the_budget(everything):
+def test_the_hot_loop_fits_the_budget(compiled, everything):
     """Instructions per element in the loop over the tiles, counted in the machine code."""
-    for name, found in _compiled(everything).items():
+    for name, found in compiled(everything).items():
         if name[0] == "statistics":
             actual = len(_hot_loop(found["sass"])) / (found["tile"] / 32)
             print(f"{name}: {actual:.2f} lane-instructions per element, {found['registers']} registers")
@@ -172,9 +178,9 @@ def test_the_hot_loop_fits_the_budget(everything):
 
 
 @EXTENT
-def test_the_gradient_reads_and_writes_16_bytes_at_a_time(everything):
+def test_the_gradient_reads_and_writes_16_bytes_at_a_time(compiled, everything):
     """As many 16-byte loads as stores beside the zeros of dead rows; rounding to nearest; budget as above, twice."""
-    for name, found in _compiled(everything).items():
+    for name, found in compiled(everything).items():
         if name[0] == "gradient":
             needed = found["tile"] * name[1].itemsize // 16 // found["threads"]
             lines = found["sass"].splitlines()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,8 +21,9 @@ from eaft_megatron import (
 from eaft_megatron.loss import exchange, linear_backward
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import poisoned_memory, run_distributed
+from tests.loss.gate_cases import GATES, TOKENS, VOCAB, gate_batch
 from tests.loss.kernel_cases import DEVICE, where_kernels_run
-from tests.loss.test_gates import GATES, TOKENS, VOCAB, _batch
+from tests.worlds import once
 
 SEQUENCE, BATCH, WIDTH, COLUMNS, TRUE = 8, 3, 6, 44, 41
 VALID = 13  # of the 24 tokens
@@ -155,9 +156,14 @@ def _answer_all() -> dict:
 SIZES = [1, 2, pytest.param(4, marks=pytest.mark.slow)]
 
 
-@functools.cache
 def _run(size: int) -> list[dict]:
     return run_distributed(_answer_all, size, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def run() -> Callable:
+    """What `_run` returns, computed once for each argument."""
+    return once(_run)
 
 
 def _reference(scale: float) -> dict[str, Tensor]:
@@ -177,15 +183,15 @@ def _reference(scale: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_matches_the_reference_and_the_plain_path(name, size):
+def test_matches_the_reference_and_the_plain_path(run, name, size):
     """Float64: loss, statistics and both gradients, with sequence parallelism and without, unequal upstream."""
     assert int((_problem()[2] != -100).sum()) == VALID
     kwargs = VARIANTS[name]
     scale = kwargs.get("logits_scale", 1.0)
     expected = _reference(scale)
-    answers = [rank[name] for rank in _run(size)]
+    answers = [rank[name] for rank in run(size)]
     for field in ("loss", "ce", "entropy", "weight", "hidden.grad", "weight.grad"):
-        parts, plain = [answer[field] for answer in answers], [rank["plain"][scale][field] for rank in _run(size)]
+        parts, plain = [answer[field] for answer in answers], [rank["plain"][scale][field] for rank in run(size)]
         if field == "weight.grad" or (field == "hidden.grad" and kwargs.get("sequence_parallel")):
             parts = [torch.cat(parts)]
         if field == "weight.grad":
@@ -196,23 +202,23 @@ def test_matches_the_reference_and_the_plain_path(name, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_rank_has_the_same_bits(size):
+def test_every_rank_has_the_same_bits(run, size):
     """The loss and the weight of every tensor-parallel rank are bitwise equal."""
     for name, kwargs in VARIANTS.items():
-        first = _run(size)[0][name]
-        for rank in _run(size):
+        first = run(size)[0][name]
+        for rank in run(size):
             assert torch.equal(rank[name]["weight"], first["weight"]), name
             assert kwargs.get("exchange") == "split" or torch.equal(rank[name]["loss"], first["loss"]), name
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_tied_embeddings(size):
+def test_tied_embeddings(run, size):
     """One Parameter as embedding and output layer gets the unsharded gradient of both uses."""
     _, weight, target, upstream = _problem()
     shared = weight.requires_grad_()
     reference_eaft_loss(torch.tanh(shared[_tied_ids()]) @ shared.t(), target, vocab_size=TRUE)[0].backward(upstream)
     for which in range(2):
-        actual = torch.cat([rank["tied"][which] for rank in _run(size)])
+        actual = torch.cat([rank["tied"][which] for rank in run(size)])
         _assert_near(actual, shared.grad)
 
 
@@ -221,7 +227,7 @@ def _gate_differences() -> dict[str, float]:
     rank = dist.get_rank()
     groups, across = [[dist.new_group(ranks) for ranks in pair] for pair in ([[0, 1], [2, 3]], [[0, 2], [1, 3]])]
     half, slot = divmod(rank, 2)
-    batch = _batch()
+    batch = gate_batch()
     generator = torch.Generator().manual_seed(half)
     hidden = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     weight = 2 * torch.randn(52, WIDTH, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
@@ -257,9 +263,9 @@ def _gate_differences() -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_every_gate_over_chunks_and_data_parallel_ranks():
+def test_every_gate_over_chunks_and_data_parallel_ranks(run):
     """Percentiles and medians are those of the whole micro-batch over the reduce group, not of a chunk."""
-    for rank in _run(4):
+    for rank in run(4):
         differences = rank["gates"]
         assert set(differences) == set(GATES)
         assert all(difference < 1e-11 for difference in differences.values()), differences
@@ -311,12 +317,12 @@ def _count_collectives() -> list[tuple[list[str], list[str]]]:
     return out
 
 
-def test_collectives_are_those_promised():
+def test_collectives_are_those_promised(run):
     """Five valid tokens in chunks of two: three exchanges, each on its way while the next chunk's logits are made and
     read; backward one sum a chunk, or gather and reduce-scatter."""
     gathered = ["all_gather", "waited"]
     exchanged = ["all_gather", *gathered, "all_gather", "waited", "waited"]
-    for rank in _run(2):
+    for rank in run(2):
         plain, sequence_parallel, nothing = rank["collectives"]
         assert plain == (exchanged, ["all_reduce"] * 3)
         assert sequence_parallel == (gathered + exchanged, [*gathered, "reduce_scatter"])

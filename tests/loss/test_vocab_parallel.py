@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from eaft_megatron.loss import exchange as exchange_module
 from eaft_megatron.loss import torch_impl
 from eaft_megatron.testing import poisoned_memory, run_distributed
 from tests.loss.cases import Case, Outcome, assert_matches, build_cases, reference_outcome
+from tests.worlds import once
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -63,20 +64,25 @@ def _answer_all() -> dict[torch.dtype, dict[tuple[str, str], dict]]:
     }
 
 
-@functools.cache
 def _run(size: int) -> list[dict]:
     return run_distributed(_answer_all, size, timeout=180)
 
 
-def _answers(size: int, dtype: torch.dtype) -> list[dict]:
-    return [rank[dtype] for rank in _run(size)]
+@pytest.fixture(scope="module")
+def run() -> Callable:
+    """What `_run` returns, computed once for each argument."""
+    return once(_run)
+
+
+def _answers(run, size: int, dtype: torch.dtype) -> list[dict]:
+    return [rank[dtype] for rank in run(size)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_matches_the_float64_reference(size, dtype):
+def test_matches_the_float64_reference(run, size, dtype):
     """Loss, cross entropy, entropy, weight and gradient of every case at TP 1, 2 and 4, with both exchanges."""
-    ranks = _answers(size, dtype)
+    ranks = _answers(run, size, dtype)
     for case in build_cases(dtype):
         for exchange in ("packed", "split"):
             answers = [rank[case.name, exchange] for rank in ranks]
@@ -86,13 +92,13 @@ def test_matches_the_float64_reference(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weight_is_bitwise_equal_on_all_ranks_and_tp_sizes(dtype):
+def test_weight_is_bitwise_equal_on_all_ranks_and_tp_sizes(run, dtype):
     """Every rank of every TP size reports the same bits for the weight; within one TP size also for the loss."""
     for case in build_cases(dtype):
-        weight = _answers(1, dtype)[0][case.name, "packed"]["weight"]
+        weight = _answers(run, 1, dtype)[0][case.name, "packed"]["weight"]
         for size in (1, 2, 4):
-            loss = _answers(size, dtype)[0][case.name, "packed"]["loss"]
-            for answers in _answers(size, dtype):
+            loss = _answers(run, size, dtype)[0][case.name, "packed"]["loss"]
+            for answers in _answers(run, size, dtype):
                 for exchange in ("packed", "split"):
                     actual = answers[case.name, exchange]["weight"]
                     torch.testing.assert_close(actual, weight, rtol=0, atol=0, equal_nan=True, msg=case.name)
@@ -101,21 +107,21 @@ def test_weight_is_bitwise_equal_on_all_ranks_and_tp_sizes(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inputs_are_untouched_unless_inplace_is_asked_for(dtype):
+def test_inputs_are_untouched_unless_inplace_is_asked_for(run, dtype):
     """With inplace_backward=False the logits keep every bit, NaN payloads included."""
     kept = 0
     for number, case in enumerate(build_cases(dtype)):
         if number % 2 == 1:
-            kept += all(answers[case.name, "packed"]["untouched"] for answers in _answers(2, dtype))
+            kept += all(answers[case.name, "packed"]["untouched"] for answers in _answers(run, 2, dtype))
     assert kept == len(build_cases(dtype)) // 2
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_entropy_alone_equals_the_loss_own_entropy(size):
+def test_entropy_alone_equals_the_loss_own_entropy(run, size):
     """vocab_parallel_topk_entropy gives the bits of TokenStats.entropy at valid tokens."""
     for case in build_cases(torch.float32):
         valid = case.target != case.kwargs.get("ignore_index", -100)
-        for answers in _answers(size, torch.float32):
+        for answers in _answers(run, size, torch.float32):
             answer = answers[case.name, "packed"]
             torch.testing.assert_close(
                 answer["entropy alone"][valid], answer["entropy"][valid], rtol=0, atol=0, equal_nan=True, msg=case.name

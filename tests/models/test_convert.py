@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from eaft_megatron.cli import main
@@ -19,7 +19,17 @@ from eaft_megatron.models import build_model, convert, hf_writer, read_hf_config
 from eaft_megatron.models.convert import convert_to_hf, convert_to_megatron
 from eaft_megatron.testing.distributed import run_distributed
 from tests.models import conversion_memory, ranks
-from tests.models.tiny import FAMILIES, VARIANTS, VOCAB, save, tiny_family, tiny_llama, token_ids
+from tests.models.tiny import (
+    FAMILIES,
+    VARIANTS,
+    VOCAB,
+    assert_same_tensors,
+    hf_tensors,
+    save,
+    tiny_family,
+    tiny_llama,
+    token_ids,
+)
 
 LOGIT_TOLERANCE = 1e-4  # absolute; float32 logits of size about 6
 
@@ -40,19 +50,6 @@ def converted(models, tmp_path_factory) -> dict[str, Path]:
     for name, (_, folder) in models.items():
         convert_to_megatron(folder, root / name)
     return {name: root / name for name in models}
-
-
-def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
-
-
-def assert_same_tensors(actual: Path, expected: Path) -> None:
-    """Names, types and every bit."""
-    ours, theirs = hf_tensors(actual), hf_tensors(expected)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype, name
-        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
 def load_and_run(folders: dict[str, Path], tp: int, pp: int, ids: torch.Tensor, saved: Path) -> dict:

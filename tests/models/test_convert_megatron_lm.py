@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -12,17 +9,10 @@ import torch.nn.functional as F
 
 from eaft_megatron.models.convert import convert_to_hf, convert_to_megatron
 from tests.hooks import megatron_script
-from tests.models.test_convert import assert_same_tensors
-from tests.models.tiny import VOCAB, save, tiny_family, tiny_llama
+from tests.models.tiny import VOCAB, assert_same_tensors, save, tiny_family, tiny_llama
 
-CLONE = os.environ.get("MEGATRON_LM_PATH")
-TAGS = os.environ.get("MEGATRON_LM_TAGS", "core_v0.16.1 core_v0.19.0").split()
 PERIOD = 32  # MODEL's sequence length: every sample holds the same tokens, wherever the shuffling takes it from
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not CLONE, reason="MEGATRON_LM_PATH does not name a clone of NVIDIA/Megatron-LM"),
-    pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Megatron-LM's training loop imports triton"),
-]
+pytestmark = [pytest.mark.slow, *megatron_script.needs_clone]
 CASES = {"untied": (tiny_llama, {"tp": 2}), "glm4_bias": (tiny_family, {"pp": 2})}
 
 
@@ -45,7 +35,7 @@ def data(tokens, tmp_path_factory) -> str:
     return str(prefix)
 
 
-@pytest.mark.parametrize("tag", TAGS)
+@pytest.mark.parametrize("tag", megatron_script.TAGS)
 @pytest.mark.parametrize("name", CASES)
 def test_pretrain_gpt_loads_it(tokens, data, tmp_path, tmp_path_factory, monkeypatch, name, tag):
     """--load DIR --finetune and the recorded flags: transformers' loss in the first step, and what the run saves
@@ -54,13 +44,13 @@ def test_pretrain_gpt_loads_it(tokens, data, tmp_path, tmp_path_factory, monkeyp
     model = make(name)
     source = save(model, tmp_path / "hf")
     record = convert_to_megatron(source, tmp_path / "megatron", transformer_impl="local")
-    script = megatron_script.checkout(CLONE, tag, tmp_path_factory.getbasetemp() / "releases")
+    script = megatron_script.checkout(megatron_script.CLONE, tag, tmp_path_factory.getbasetemp() / "releases")
     monkeypatch.setattr(megatron_script, "MODEL", [flag for flag in megatron_script.MODEL if flag != "--mock-data"])
     flags = [*record["pretrain_gpt_flags"], "--load", str(tmp_path / "megatron"), "--finetune"]
     flags += ["--exit-on-missing-checkpoint", "--data-path", data, "--train-iters", "1", "--lr", "0"]
     flags += ["--save", str(tmp_path / "saved"), "--save-interval", "1"]
     flags += ["--loss-type", "eaft", "--true-vocab-size", str(record["true_vocab_size"])]
-    (row,) = megatron_script.reported(megatron_script.run(script, flags, **layout, processes=2, port=29760))
+    (row,) = megatron_script.reported(megatron_script.run(script, flags, **layout, processes=2))
     ids = torch.cat([tokens, tokens[:1]])
     with torch.no_grad():
         expected = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:]).item()

@@ -113,3 +113,19 @@ def transformers_answer(model, ids: torch.Tensor) -> tuple[torch.Tensor, dict[st
     loss = reference_eaft_loss(logits[:, :-1], ids[:, 1:])[0].mean()
     loss.backward()
     return logits.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}, loss.item()
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint for Hugging Face."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def assert_same_tensors(actual: Path, expected: Path) -> None:
+    """Names, types and every bit."""
+    ours, theirs = hf_tensors(actual), hf_tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name

@@ -3,12 +3,13 @@
 import importlib.util
 import math
 import warnings
-from functools import cache
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from eaft_megatron.testing import run_distributed
+from tests.worlds import once
 
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)
@@ -62,8 +63,7 @@ def train_one(tp, pp, vpp, distributed, share_embeddings=False, overlap=False, *
         return [tiny_gpt.train_step(model, optimizer, batch(step)) for step in range(STEPS)]
 
 
-@cache
-def results(processes):
+def _results(processes):
     """All layouts of that many processes in one run: most of a process's time is importing megatron-core."""
     cases = {**LAYOUTS, **TIED, **FOUR}
     layouts = {name: differs for name, (size, differs) in cases.items() if size == processes}
@@ -74,7 +74,13 @@ def results(processes):
     return run_distributed(train, processes, layouts, timeout=150)
 
 
-def assert_equal_training(name, processes, reference):
+@pytest.fixture(scope="module")
+def results() -> Callable:
+    """What `_results` returns, computed once for each argument."""
+    return once(_results)
+
+
+def assert_equal_training(results, name, processes, reference):
     expected = results(1)[0][reference]
     for actual in results(processes):
         for step in range(STEPS):
@@ -82,32 +88,32 @@ def assert_equal_training(name, processes, reference):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_losses_and_gradient_norms_do_not_depend_on_the_layout(name):
+def test_losses_and_gradient_norms_do_not_depend_on_the_layout(results, name):
     """Three steps through megatron-core's schedules, against one process; unequal masks, so reductions show."""
-    assert_equal_training(name, LAYOUTS[name][0], "one process")
+    assert_equal_training(results, name, LAYOUTS[name][0], "one process")
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_tied_embeddings_train_alike_in_every_layout(name):
+def test_tied_embeddings_train_alike_in_every_layout(results, name):
     """First and last stage hold copies of one matrix whose gradients must be added."""
-    assert_equal_training(name, TIED[name][0], "one process tied")
+    assert_equal_training(results, name, TIED[name][0], "one process tied")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FOUR)
-def test_four_processes_train_like_one(name):
+def test_four_processes_train_like_one(results, name):
     """Two dimensions of parallelism at once."""
-    assert_equal_training(name, 4, "one process")
+    assert_equal_training(results, name, 4, "one process")
 
 
-def test_training_is_not_trivial():
+def test_training_is_not_trivial(results):
     """Losses start near log(vocabulary size), change, and tell tied from untied models."""
     losses = [loss for loss, _ in results(1)[0]["one process"]]
     assert abs(losses[0] - math.log(96)) < 1.5 and len(set(losses)) == STEPS
     assert losses[0] != pytest.approx(results(1)[0]["one process tied"][0][0], rel=1e-3)
 
 
-def test_half_precision_trains_close_to_single():
+def test_half_precision_trains_close_to_single(results):
     """The optimizers that keep single-precision masters, found by the parameters' type names."""
     actual = results(1)[0]
     for step in range(STEPS):
@@ -134,7 +140,7 @@ def first_loss_by_hand():
             return float((losses * mask).sum() / mask.sum()), mask.view(4, -1).sum(1).unique().numel()
 
 
-def test_the_first_loss_is_the_masked_mean_of_the_cross_entropy():
+def test_the_first_loss_is_the_masked_mean_of_the_cross_entropy(results):
     """An independent computation of what the schedule, the loss function and the reduction give together."""
     expected, lengths = run_distributed(first_loss_by_hand, 1)[0]
     assert results(1)[0]["one process"][0][0] == pytest.approx(expected, rel=1e-5)

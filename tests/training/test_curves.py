@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from eaft_megatron.data import collate, micro_batch_indices
 from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import run_distributed
 from tests.training.tiny_run import arguments, metrics, samples, train_in_process
+from tests.worlds import once
 
 LAYOUTS = {  # name: (tensor, pipeline, data, more flags)
     "tp1 pp1": (1, 1, 1, ()),
@@ -23,7 +24,6 @@ LAYOUTS = {  # name: (tensor, pipeline, data, more flags)
 }
 
 
-@functools.cache
 def _curve(folder, layout: str, loss_type: str) -> list[dict]:
     tensor, pipeline, data, extra = LAYOUTS[layout]
     run = f"{layout} {loss_type}".replace(" ", "-")
@@ -33,7 +33,12 @@ def _curve(folder, layout: str, loss_type: str) -> list[dict]:
     return metrics(folder, run)
 
 
-@functools.cache
+@pytest.fixture(scope="module")
+def curve() -> Callable:
+    """What `_curve` returns, computed once for each argument."""
+    return once(_curve)
+
+
 def _hugging_face_curve(folder, loss_type: str) -> list[dict[str, float]]:
     """Five steps of transformers' own model with AdamW, in float32, on the same batches in the same order."""
     import transformers
@@ -60,6 +65,12 @@ def _hugging_face_curve(folder, loss_type: str) -> list[dict[str, float]]:
     return curve
 
 
+@pytest.fixture(scope="module")
+def hugging_face_curve() -> Callable:
+    """What `_hugging_face_curve` returns, computed once for each argument."""
+    return once(_hugging_face_curve)
+
+
 CURVES = [  # the layouts of plain SFT are megatron-core's own business: two of them are enough
     # The four-process run and the distributed optimizer's are in every test run, and hold what these two hold.
     *(pytest.param(layout, "eaft", marks=pytest.mark.slow) for layout in ("tp2 pp1", "dp2")),
@@ -70,17 +81,17 @@ CURVES = [  # the layouts of plain SFT are megatron-core's own business: two of 
 
 
 @pytest.mark.parametrize("layout, loss_type", CURVES)
-def test_curve_equals_hugging_face(folder, layout, loss_type):
+def test_curve_equals_hugging_face(hugging_face_curve, curve, folder, layout, loss_type):
     """Five optimizer steps: losses, weight, entropy and gradient norm to 1e-5 relative, with unequal loss masks."""
-    expected, actual = _hugging_face_curve(folder, loss_type), _curve(folder, layout, loss_type)
+    expected, actual = hugging_face_curve(folder, loss_type), curve(folder, layout, loss_type)
     assert len(actual) == len(expected) == 5
     for step, (row, truth) in enumerate(zip(actual, expected, strict=True)):
         for name, value in truth.items():
             assert row[name] == pytest.approx(value, rel=1e-5, abs=1e-9), f"step {step}: {name}"
 
 
-def test_the_curves_can_tell_the_losses_apart(folder):
+def test_the_curves_can_tell_the_losses_apart(hugging_face_curve, folder):
     """EAFT and SFT start from one cross entropy and part ways at once, or the comparison above proves nothing."""
-    eaft, sft = _hugging_face_curve(folder, "eaft"), _hugging_face_curve(folder, "sft")
+    eaft, sft = hugging_face_curve(folder, "eaft"), hugging_face_curve(folder, "sft")
     assert eaft[0]["lm loss"] == sft[0]["lm loss"]
     assert abs(eaft[1]["lm loss"] - sft[1]["lm loss"]) > 1e-4
