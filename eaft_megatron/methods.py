@@ -227,7 +227,7 @@ METHODS: dict[str, Method | dict[str, Method]] = {
         base_model_gates.STMGate,
         "0 where the frozen base model's `1 / p` is above 2.5, else 1",
         (
-            Option("stm_perplexity", "--stm-perplexity", "STM: leave out tokens of more perplexity (default: 2.5)",
+            Option("stm_perplexity", "--stm-perplexity", "STM: no token of more perplexity (default: 2.5)",
                    metavar="P", default=2.5, argument="perplexity"),
         ),
         source="arXiv 2501.14315",

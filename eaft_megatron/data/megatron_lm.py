@@ -203,9 +203,9 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
 
 def _refuse_what_is_not_ours(args: argparse.Namespace) -> None:
     if args.dataloader_type != "single":
-        raise ValueError(f"--dataloader-type {args.dataloader_type}: --sft-data shuffles itself; leave it out")
+        raise ValueError(f"--dataloader-type {args.dataloader_type}: --sft-data shuffles itself: remove it")
     if getattr(args, "eval_micro_batch_size", None) not in (None, args.micro_batch_size):
-        raise ValueError("--eval-micro-batch-size does not go with --sft-data: leave it out")
+        raise ValueError("--eval-micro-batch-size does not go with --sft-data: remove it")
     for name, text in (
         ("full_validation", "each set is evaluated whole, or for --eval-iters batches if that is less"),
         ("multiple_validation_sets", "each --sft-eval-data set is evaluated under its name as it is"),
@@ -213,7 +213,7 @@ def _refuse_what_is_not_ours(args: argparse.Namespace) -> None:
         ("dataloader_inter_document_masking", "--sft keeps the rows of a pack apart"),
     ):
         if getattr(args, name, False):
-            raise ValueError(f"--{name.replace('_', '-')} does not go with --sft-data ({text}): leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --sft-data ({text}): remove it")
 
 
 def _check_thd(args: argparse.Namespace, sft: bool, local: bool, version: tuple[int, int]) -> None:

@@ -92,7 +92,7 @@ def _check(recipe: Recipe) -> None:
             ("checkpoint.keep_every", recipe.checkpoint.keep_every, None),
         ):
             if value != plain:
-                raise ValueError(f"{name}: {value} is for entrypoint pretrain_gpt: leave it out")
+                raise ValueError(f"{name}: {value} is for entrypoint pretrain_gpt: remove it")
     elif recipe.data.jsonl:
         raise ValueError("data.jsonl is for entrypoint train: run `eaft-megatron prepare`, and name data.sft_data")
     elif recipe.checkpoint.export_hf:

@@ -18,7 +18,7 @@ from eaft_megatron.megatron_map import SYMBOLS, has
 from eaft_megatron.testing.cpu import _Patcher, cpu_standins
 
 _FLAGS = {"--distributed-backend": "gloo"}
-_EXPLAINED = "--device cpu: {flag} {value} needs a GPU; leave it out, or give {flag} {ours}"
+_EXPLAINED = "--device cpu: {flag} {value} needs a GPU: remove it, or give {flag} {ours}"
 
 
 @contextlib.contextmanager

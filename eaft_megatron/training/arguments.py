@@ -154,7 +154,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.exit_duration_in_mins is not None and args.exit_duration_in_mins <= 0:
         raise ValueError(f"--exit-duration-in-mins must be > 0, got {args.exit_duration_in_mins}")
     if args.min_lr and args.lr_decay_style == "constant":
-        raise ValueError("--min-lr has no meaning with --lr-decay-style constant: leave it out")
+        raise ValueError("--min-lr has no meaning with --lr-decay-style constant: remove it")
     if (args.eval_interval or args.eval_samples) and not (args.eval_data or args.sft_eval_data or args.sft_data):
         raise ValueError("--eval-interval and --eval-samples need --eval-data")
     if args.recompute_granularity is None and (args.recompute_method or args.recompute_num_layers):
@@ -176,7 +176,7 @@ def _check_data(args: argparse.Namespace) -> None:
     args.eval_sets = {**files, **folders}
     if args.sft_packing == "mask" and not (args.sft_data or folders):
         raise ValueError(
-            "--sft-packing mask is for prepared folders: `eaft-megatron prepare` the data, or leave it out"
+            "--sft-packing mask is for prepared folders: `eaft-megatron prepare` the data, or remove it"
         )
     for flag, path in [("--data", args.data), *(("--eval-data", path) for path in files.values())]:
         if path is not None and not Path(path).is_file():

@@ -98,6 +98,13 @@ LAYOUTS: dict[str, Layout] = {
     "THD, CP 2, talr": _thd(ranks=2, cp=2, loss=_TALR),
     "THD, CP 2 x PP 2, talr": _thd(ranks=4, cp=2, pp=2, loss=_TALR, slow=True),
     "THD, CP 2, percentiles": _thd(ranks=2, cp=2, loss=_MASK, slow=True),
+    "THD, CP 2, iw-sft": _thd(ranks=2, cp=2, loss=("--loss-type", "iw-sft")),
+    "rows, CP 2, iw-sft": _rows(ranks=2, cp=2, loss=("--loss-type", "iw-sft"), slow=True),
+    "THD, TP 2 x CP 2, iw-sft": _thd(ranks=4, tp=2, cp=2, loss=("--loss-type", "iw-sft"), slow=True),
+    "THD, TP 2, asft": _thd(ranks=2, tp=2, loss=("--loss-type", "asft"), slow=True),
+    "THD, CP 2, psft": _thd(ranks=2, cp=2, loss=("--loss-type", "psft"), slow=True),
+    "THD, PP 2, stm": _thd(ranks=2, pp=2, loss=("--loss-type", "stm"), slow=True),
+    "THD, TP 2, deft": _thd(ranks=2, tp=2, loss=("--loss-type", "deft"), slow=True),
     "MTP, THD": _thd(family="mtp"),
     "MTP, THD, TP 2": _thd(ranks=2, tp=2, family="mtp"),
     # The extra head's loss counts by the micro-batch and rank in Megatron itself: without it in the gradient.
