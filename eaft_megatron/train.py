@@ -106,7 +106,7 @@ def _agreed_start(args: argparse.Namespace) -> int | None:
 
 
 def _is_filled(folder: str | None) -> bool:
-    return bool(folder) and os.path.isdir(folder) and bool(os.listdir(folder))
+    return folder is not None and os.path.isdir(folder) and bool(os.listdir(folder))
 
 
 def _describe(log: RunLog, args: argparse.Namespace, datasets: dict, start: int | None) -> None:

@@ -47,7 +47,8 @@ def score_logits(
             values = stats.sum_p_squared
         elif name == ENTROPY:
             values = full_entropy(logits, vocab_size=vocab_size, group=group)
-        elif topk == first:
+        elif topk is None or topk == first:
+            assert stats.entropy is not None, "the gate is asked for statistics"
             values = stats.entropy
         else:
             assert topk is not None

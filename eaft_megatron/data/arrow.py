@@ -43,9 +43,9 @@ class ShardWriter:
         self.files[-1]["rows"] += batch.num_rows
 
     def _close_shard(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._sink.close()
+        for open_file in (self._writer, self._sink):
+            if open_file is not None:
+                open_file.close()
         self._writer = self._sink = None
 
 

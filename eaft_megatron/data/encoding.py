@@ -152,6 +152,7 @@ def _start_worker(tokenizer: Any, options: PrepareOptions) -> None:
 
 
 def _work(batch: _Batch) -> EncodedBatch:
+    assert _worker is not None, "not a worker process"
     return _encode_batch(*_worker, batch)
 
 

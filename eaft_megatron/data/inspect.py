@@ -73,7 +73,8 @@ def sample_text(
     begin, end = (_TRAINED, _PLAIN) if colored else ("⟦", "⟧")
     if row is None and data.packs is None:
         row = sample
-    what, number, size = ("row", row, len(data)) if row is not None else ("sample", sample, len(data.packs or ()))
+    packs = len(data.packs or ())
+    what, number, size = ("row", row, len(data)) if row is not None else ("sample", sample or 0, packs)
     if not 0 <= number < size:
         raise ValueError(f"--{what} {number}: {data.path} has {what}s 0 to {size - 1}")
     rows = [number] if what == "row" else data.pack(number).tolist()

@@ -82,7 +82,8 @@ class _ArrayText:
     def peek(self) -> str:
         """The next character that is not blank, "" at the end of the file."""
         while True:
-            self._at = _BLANKS.match(self._text, self._at).end()
+            blanks = _BLANKS.match(self._text, self._at)
+            self._at = self._at if blanks is None else blanks.end()
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._read(_PIECE):

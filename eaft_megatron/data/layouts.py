@@ -84,8 +84,8 @@ def _check_columns(row: dict[str, Any], columns: Columns) -> None:
 
 def _reader(row: dict[str, Any], columns: Columns) -> Callable[[], list | str] | None:
     """What reads this row's messages or text, or None where the layout is unknown."""
-    if columns.text is not None:
-        return lambda: _plain_text(row, columns.text)
+    if (text := columns.text) is not None:
+        return lambda: _plain_text(row, text)
     if columns.prompt is None and columns.response is None:
         for name in (columns.messages,) if columns.messages else _MESSAGES:
             if row.get(name) is not None or columns.messages:
@@ -100,7 +100,7 @@ def _reader(row: dict[str, Any], columns: Columns) -> Callable[[], list | str] |
     return None
 
 
-def _plain_text(row: dict[str, Any], name: str | None) -> str:
+def _plain_text(row: dict[str, Any], name: str) -> str:
     if not isinstance(row[name], str):
         raise ValueError(f"'{name}' must be a string, found {type(row[name]).__name__}")
     return row[name]

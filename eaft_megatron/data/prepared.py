@@ -110,6 +110,8 @@ class PreparedData:
 
     def pack(self, index: int) -> np.ndarray:
         """``[r]`` int64: the rows of one pack."""
+        if self.packs is None:
+            raise ValueError(f"{self.path} has no packs: `eaft-megatron prepare --repack` makes them")
         return self.packs.values("rows", index)
 
     @property

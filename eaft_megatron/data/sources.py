@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from eaft_megatron.data.jsonl import iter_json_array, iter_lines, parse_line
 
@@ -137,6 +137,10 @@ class _FileSource(Source):
         return digest.hexdigest()
 
 
+def _open_bytes(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix == ".gz" else path.open("rb")
+
+
 class _JsonSource(_FileSource):
     """JSON Lines, plain or gzip; or one JSON array, whose elements are numbered from 1 as lines are."""
 
@@ -147,7 +151,7 @@ class _JsonSource(_FileSource):
     def rows(self) -> Iterator[tuple[str, Raw]]:
         empty = True
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+            with _open_bytes(self.path) as file:
                 array = self.path.suffix == ".json" and _starts_with_bracket(file)
                 for number, raw in iter_json_array(file, self.name) if array else iter_lines(file):
                     empty = empty and not raw.strip()

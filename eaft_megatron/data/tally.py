@@ -32,7 +32,7 @@ class Tally:
         self.options = options
         self.input = collections.Counter(dict.fromkeys(INPUT_COUNTS, 0))
         self.errors: list[str] = []
-        self.parts = {name: collections.Counter() for name in options.splits}
+        self.parts: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in options.splits}
         self.lengths: dict[str, list[np.ndarray]] = {name: [] for name in options.splits}
         self.max_token_id = dict.fromkeys(options.splits, -1)
 

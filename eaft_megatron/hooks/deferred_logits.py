@@ -125,7 +125,7 @@ def linear_options(logits: DeferredLogits) -> dict[str, Any]:
     }
 
 
-def _check_layer(layer: torch.nn.Module, config: Any) -> None:
+def _check_layer(layer: Any, config: Any) -> None:
     from eaft_megatron.megatron_map import ColumnParallelLinear
 
     own = type(layer)

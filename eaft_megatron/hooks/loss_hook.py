@@ -125,7 +125,6 @@ class LossHook:
             topk=self.settings.topk,
             vocab_size=self.settings.true_vocab_size,
             ignore_index=_IGNORE_INDEX,
-            return_stats=True,
         )
         self.latest = Observation(
             loss.detach().transpose(0, 1).clone(),  # the host may reduce its loss in place
@@ -149,7 +148,8 @@ class LossHook:
         self, logits: Tensor | DeferredLogits, target: Tensor, gate: Gate, **options: Any
     ) -> tuple[Tensor, TokenStats]:
         if self.settings.linear_chunk is None:
-            return vocab_parallel_token_loss(logits, target, gate, inplace_backward=True, **options)
+            assert isinstance(logits, Tensor), "nothing defers logits without --eaft-linear-chunk"
+            return vocab_parallel_token_loss(logits, target, gate, inplace_backward=True, return_stats=True, **options)
         if not isinstance(logits, DeferredLogits):
             raise ValueError(
                 "--eaft-linear-chunk: this model did not hand the output of its output layer to its loss as it is, so "
@@ -162,6 +162,7 @@ class LossHook:
             gate,
             chunk_tokens=self.settings.linear_chunk,
             drop_ignored=True if self.settings.linear_drop_ignored else None,
+            return_stats=True,
             **linear_options(logits),
             **options,
         )
@@ -293,6 +294,7 @@ def _check_signature(owner: type) -> None:
 
 
 def _check_overrides(owner: type) -> None:
+    subclass: type
     for subclass in owner.__subclasses__():
         if _METHOD in vars(subclass):
             raise ValueError(

@@ -170,7 +170,8 @@ def _with_our_flags(add_megatron_arguments: Callable) -> Callable:
     def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_megatron_arguments(parser)
         refuse_taken_flag(parser)
-        parser.parse_known_args = _refusing_yaml(parser.parse_known_args)  # parse_args goes through it too
+        # parse_args goes through it too
+        parser.parse_known_args = _refusing_yaml(parser.parse_known_args)  # type: ignore[method-assign]
         return add_eaft_arguments(parser)
 
     return add

@@ -32,6 +32,7 @@ def metric_sums(observation: Observation, loss_mask: Tensor) -> dict[str, Tensor
     stats = observation.stats
     mask = loss_mask.reshape(stats.ce.shape).float()
     conflict = confident_conflicts(stats)
+    assert stats.entropy is not None and stats.weight is not None, "statistics are asked for"
     per_token = (stats.ce, observation.loss, stats.weight, stats.entropy, conflict.float())
     # Masked tokens hold 0, but 0 * mask would let a NaN of a token that the host masks late slip in.
     return {

@@ -29,7 +29,7 @@ def guard_resumption() -> None:
         refuse_another_loss(checkpoint_args, training.get_args())
         return check(checkpoint_args, *rest, **kwargs)
 
-    checking._compares_loss_flags = True
+    checking._compares_loss_flags = True  # type: ignore[attr-defined]
     checkpointing.check_checkpoint_args = checking
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD
 from eaft_megatron.hooks.settings import LossSettings
@@ -158,16 +159,18 @@ def _megatron_lm(recipe: Recipe, missing: list[str]) -> Path:
 
 def _model_flags(recipe: Recipe, missing: list[str]) -> tuple[list[str], int]:
     """(flags, true vocabulary): of the checkpoint where it is there, and the recipe must agree; else of the recipe."""
-    model, layout = recipe.model, {"transformer_impl": recipe.model.transformer_impl}
-    layout["tensor_model_parallel_size"] = recipe.parallel.tensor
-    ours = None
+    model, ours = recipe.model, None
+    layout: dict[str, Any] = {
+        "transformer_impl": recipe.model.transformer_impl,
+        "tensor_model_parallel_size": recipe.parallel.tensor,
+    }
     if model.config is not None:
         architecture_of(model.config)  # names the ones that are known
         ours = pretrain_flags(model.config, **layout)
     record = Path(model.checkpoint or PLACEHOLDER) / RECORD
     if not record.is_file():
         missing.append(f"model.checkpoint: {record} is not there: `eaft-megatron convert to-megatron` makes it")
-        if ours is None:
+        if ours is None or model.config is None:
             raise ValueError(f"model.config is missing, and there is no {record} to take the model's flags from")
         return ours, model.config["vocab_size"]
     written = json.loads(record.read_text(encoding="utf-8"))

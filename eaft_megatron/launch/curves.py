@@ -121,7 +121,8 @@ def table(runs: list[Run]) -> str:
         for name, curve in {**run.training, **sets}.items():
             values = list(curve.values())
             tail = values[-max(1, len(values) // 10) :]
-            rows.append((name, *(f"{x:.6g}" for x in (values[0], values[-1], sum(tail) / len(tail))), str(len(values))))
+            first, last, mean = (f"{x:.6g}" for x in (values[0], values[-1], sum(tail) / len(tail)))
+            rows.append((name, first, last, mean, str(len(values))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
     return "\n".join([*map(_status, runs), *lines])

@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from eaft_megatron.checkpoint_files import RECORD, TRACKER, is_whole, newest_checkpoint
-from eaft_megatron.launch.command import build_command, data_parallel_size, run_folder
+from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD, TRACKER, is_whole, newest_checkpoint
+from eaft_megatron.launch.command import PLACEHOLDER, build_command, data_parallel_size, run_folder
 from eaft_megatron.launch.recipe import Recipe
 from eaft_megatron.models.hf_config import read_hf_config
 from eaft_megatron.models.megatron_config import check_pipeline, check_tensor_parallel, padded_vocab_size
@@ -28,7 +28,9 @@ def check_command(recipe: Recipe) -> str:
 
 def hf_folder(recipe: Recipe) -> Path:
     """Configuration and tokenizer of the model."""
-    return Path(recipe.model.hf) if recipe.entrypoint == "train" else Path(recipe.model.checkpoint) / "hf"
+    if recipe.entrypoint == "train":
+        return Path(recipe.model.hf or PLACEHOLDER)
+    return Path(recipe.model.checkpoint or PLACEHOLDER) / HF_SUBFOLDER
 
 
 def check_checkpoint(recipe: Recipe) -> str:
@@ -42,7 +44,7 @@ def check_checkpoint(recipe: Recipe) -> str:
     if recipe.entrypoint == "train":
         _whole_hf_folder(hf_folder(recipe))
     else:
-        _whole_megatron_folder(Path(recipe.model.checkpoint), vocab)
+        _whole_megatron_folder(hf_folder(recipe).parent, vocab)
     return f"vocabulary {vocab}, padded to {padded} for tensor {recipe.parallel.tensor}; {_resumption(recipe)}"
 
 

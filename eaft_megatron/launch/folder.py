@@ -22,21 +22,26 @@ LOCAL_SCRIPT = "local.sh"
 def resolved(recipe: Recipe) -> Recipe:
     """The same with every path absolute, and the Megatron-LM checkout written down."""
 
-    def whole(path: str | None) -> str | None:
-        return path and str(Path(path).absolute())
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute())
 
-    model = dataclasses.replace(recipe.model, checkpoint=whole(recipe.model.checkpoint), hf=whole(recipe.model.hf))
+    def absolute_if_given(path: str | None) -> str | None:
+        return absolute(path) if path else path
+
+    model = dataclasses.replace(
+        recipe.model, checkpoint=absolute_if_given(recipe.model.checkpoint), hf=absolute_if_given(recipe.model.hf)
+    )
     data = dataclasses.replace(
         recipe.data,
-        sft_data=whole(recipe.data.sft_data),
-        jsonl=whole(recipe.data.jsonl),
-        eval={name: whole(folder) for name, folder in recipe.data.eval.items()},
+        sft_data=absolute_if_given(recipe.data.sft_data),
+        jsonl=absolute_if_given(recipe.data.jsonl),
+        eval={name: absolute(folder) for name, folder in recipe.data.eval.items()},
     )
     megatron_lm = recipe.megatron_lm or os.environ.get("MEGATRON_LM_PATH")
     if recipe.entrypoint == "train":
         megatron_lm = None
     return dataclasses.replace(
-        recipe, model=model, data=data, run_dir=whole(recipe.run_dir), megatron_lm=whole(megatron_lm)
+        recipe, model=model, data=data, run_dir=absolute(recipe.run_dir), megatron_lm=absolute_if_given(megatron_lm)
     )
 
 
@@ -112,7 +117,7 @@ def _commit(path: Path) -> str:
         top, commit = git("rev-parse", "--show-toplevel"), git("rev-parse", "HEAD")
     except FileNotFoundError:
         return "unknown (no git here)"
-    if not commit or Path(top).resolve() != path.resolve():
+    if not commit or not top or Path(top).resolve() != path.resolve():
         return "unknown (not a checkout)"
     return commit + (" with changes" if git("status", "--porcelain", "--untracked-files=no") else "")
 

@@ -249,6 +249,7 @@ def _check_loss(recipe: Recipe, group: dist.ProcessGroup | None, device: torch.d
     mine = padded[:, rank * columns : (rank + 1) * columns].to(device).requires_grad_()
     actual = vocab_parallel_eaft_loss(mine, target.to(device), group=group, vocab_size=vocab, **options)
     actual.sum().backward()
+    assert whole.grad is not None and mine.grad is not None
     own = whole.grad[:, rank * columns : (rank + 1) * columns]
     loss_error = _relative(actual.detach().cpu().double(), expected.detach())
     gradient_error = _relative(mine.grad[:, : own.shape[1]].cpu().double(), own)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +173,7 @@ def loss_keys() -> dict[str, Option]:
     return {option.recipe_key: option for option in loss_options() if option.recipe_key}
 
 
-def read_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with ``section.key=value`` overrides (values in YAML's own spelling).
 
     Raises:
@@ -273,7 +274,7 @@ def _value(hint: Any, value: Any, where: str, source: str) -> Any:
         if value is None:
             return None
         return _value(next(kind for kind in arguments if kind is not type(None)), value, where, source)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, where, source)
     if origin is Literal:
         if value not in arguments:

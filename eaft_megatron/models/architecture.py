@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .transforms import ModelSizes
+from eaft_megatron.models.transforms import ModelSizes
 
 _LAYER = re.compile(r"(?<=^decoder\.layers\.)\d+(?=\.)")
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

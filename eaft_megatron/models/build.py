@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from eaft_megatron.megatron_map import stage_argument
-
-from .architecture import find_entry
-from .chunks import parameters
-from .config_fields import is_tied
-from .hf_config import architecture_of
-from .megatron_config import padded_vocab_size
-from .specs import local_spec, norm_class, transformer_engine_spec
+from eaft_megatron.models.architecture import find_entry
+from eaft_megatron.models.chunks import parameters
+from eaft_megatron.models.config_fields import is_tied
+from eaft_megatron.models.hf_config import architecture_of
+from eaft_megatron.models.megatron_config import padded_vocab_size
+from eaft_megatron.models.specs import local_spec, norm_class, transformer_engine_spec
 
 if TYPE_CHECKING:
     from eaft_megatron.megatron_map import GPTModel, ModuleSpec, TransformerConfig
@@ -52,7 +51,7 @@ def layer_spec(hf_config: dict, config: TransformerConfig, transformer_impl: str
 def _with_extra_norms(spec: ModuleSpec, hf_config: dict, transformer_impl: str) -> ModuleSpec:
     if not architecture_of(hf_config).sandwich_norms:
         return spec
-    from .glm4_spec import with_sandwich_norms
+    from eaft_megatron.models.glm4_spec import with_sandwich_norms
 
     return with_sandwich_norms(spec, norm_class(transformer_impl))
 
@@ -122,8 +121,8 @@ def _mark_tensor_parallel(model: GPTModel, hf_config: dict) -> None:
     for name, _, parameter in parameters([model]):
         partition = find_entry(table, name).kind.partition
         if partition and not getattr(parameter, "tensor_model_parallel", False):
-            parameter.tensor_model_parallel = True
-            parameter.partition_dim, parameter.partition_stride = partition
+            marks = zip(("partition_dim", "partition_stride"), partition, strict=True)
+            vars(parameter).update(tensor_model_parallel=True, **dict(marks))
 
 
 @torch.no_grad()

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .config_fields import is_tied
-from .transforms import ModelSizes
+from eaft_megatron.models.config_fields import is_tied
+from eaft_megatron.models.transforms import ModelSizes
+
+if TYPE_CHECKING:
+    from eaft_megatron.megatron_map import GPTModel
 
 _LOCAL_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
-def unwrap(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
+def unwrap(model: nn.Module | list[nn.Module]) -> list[GPTModel]:
     """The GPTModel chunks inside, whatever DDP or Float16Module is around them."""
     chunks = []
+    chunk: Any
     for chunk in model if isinstance(model, (list, tuple)) else [model]:
         while not hasattr(chunk, "decoder") and hasattr(chunk, "module"):
             chunk = chunk.module
@@ -28,7 +32,7 @@ def unwrap(model: nn.Module | list[nn.Module]) -> list[nn.Module]:
     return chunks
 
 
-def parameters(chunks: list[nn.Module]) -> Iterator[tuple[str, int | None, nn.Parameter]]:
+def parameters(chunks: list[GPTModel]) -> Iterator[tuple[str, int | None, nn.Parameter]]:
     """(name in the whole model, global layer index or None, parameter) for all that this rank holds."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from .transforms import ModelSizes
+from eaft_megatron.models.transforms import ModelSizes
 
 _REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 # megatron-core's rotary embedding has these written into it; only the factor is a parameter.

@@ -17,16 +17,15 @@ from torch import Tensor
 
 from eaft_megatron.checkpoint_files import HF_SUBFOLDER, RECORD, RELEASE, TRACKER, is_whole, newest_checkpoint
 from eaft_megatron.files import new_folder, write_json, write_text
-
-from .config_fields import is_tied, model_sizes
-from .hf_config import architecture_of, read_hf_config
-from .hf_files import HFTensors
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
-from .megatron_config import padded_vocab_size
-from .pretrain_flags import pretrain_flags
-from .stored_weights import Weight, check_source, check_stored, weights_of
-from .torch_dist import CheckpointReader, Piece, write_checkpoint
-from .transforms import ModelSizes
+from eaft_megatron.models.config_fields import is_tied, model_sizes
+from eaft_megatron.models.hf_config import architecture_of, read_hf_config
+from eaft_megatron.models.hf_files import HFTensors
+from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+from eaft_megatron.models.megatron_config import padded_vocab_size
+from eaft_megatron.models.pretrain_flags import pretrain_flags
+from eaft_megatron.models.stored_weights import Weight, check_source, check_stored, weights_of
+from eaft_megatron.models.torch_dist import CheckpointReader, Piece, write_checkpoint
+from eaft_megatron.models.transforms import ModelSizes
 
 FORMAT_VERSION = 1
 

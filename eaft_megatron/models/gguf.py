@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from eaft_megatron.files import new_folder
-
-from .config_fields import heads_and_groups, is_tied, model_sizes
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
-from .llama import LLAMA
+from eaft_megatron.models.config_fields import heads_and_groups, is_tied, model_sizes
+from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+from eaft_megatron.models.llama import LLAMA
 
 _NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -67,7 +66,7 @@ def gguf_to_hf(
         raise ValueError(f"{gguf_file} lacks the tensor behind {min(missing)}")
     with new_folder(output) as folder:
         if tokenizer_dir is None:
-            from .gguf_tokenizer import write_tokenizer
+            from eaft_megatron.models.gguf_tokenizer import write_tokenizer
 
             write_tokenizer(metadata, folder)
         else:

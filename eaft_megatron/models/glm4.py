@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .architecture import Architecture, entry
-from .config_fields import check_decoder, check_given, decoder_fields, refuse, rope_fields, rope_type, rotary_share
-from .transforms import FUSED_GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB
+from eaft_megatron.models.architecture import Architecture, entry
+from eaft_megatron.models.config_fields import (
+    check_decoder,
+    check_given,
+    decoder_fields,
+    refuse,
+    rope_fields,
+    rope_type,
+    rotary_share,
+)
+from eaft_megatron.models.transforms import FUSED_GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB
 
 _ROTARY_SHARE = 0.5  # transformers' default
 

@@ -22,8 +22,7 @@ from eaft_megatron.megatron_map import (
     TransformerLayerSubmodules,
     gpt_layer_specs,
 )
-
-from .specs import LocalRMSNorm, local_spec, norm_class, transformer_engine_spec
+from eaft_megatron.models.specs import LocalRMSNorm, local_spec, norm_class, transformer_engine_spec
 
 
 @dataclass

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .architecture import Architecture
-from .glm4 import GLM4
-from .llama import LLAMA
-from .qwen import QWEN2, QWEN3
+from eaft_megatron.models.architecture import Architecture
+from eaft_megatron.models.glm4 import GLM4
+from eaft_megatron.models.llama import LLAMA
+from eaft_megatron.models.qwen import QWEN2, QWEN3
 
 ARCHITECTURES: dict[str, Architecture] = {family.name: family for family in (LLAMA, QWEN2, QWEN3, GLM4)}
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from eaft_megatron.files import write_json
-
-from .hf_files import INDEX, SINGLE, HFTensors
+from eaft_megatron.models.hf_files import INDEX, SINGLE, HFTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHARD_BYTES = 5 * 10**9  # as transformers shards

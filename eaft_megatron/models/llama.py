@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from .architecture import Architecture, entry
-from .config_fields import check_decoder, check_whole_head_rotates, decoder_fields, refuse, rope_fields
-from .transforms import GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB
+from eaft_megatron.models.architecture import Architecture, entry
+from eaft_megatron.models.config_fields import (
+    check_decoder,
+    check_whole_head_rotates,
+    decoder_fields,
+    refuse,
+    rope_fields,
+)
+from eaft_megatron.models.transforms import GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB
 
 
 def _check(hf_config: dict) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .architecture import find_entry
-from .chunks import parameters, sizes_of, unwrap
-from .config_fields import is_tied
-from .hf_config import architecture_of, read_hf_config
-from .hf_files import HFTensors
+from eaft_megatron.models.architecture import find_entry
+from eaft_megatron.models.chunks import parameters, sizes_of, unwrap
+from eaft_megatron.models.config_fields import is_tied
+from eaft_megatron.models.hf_config import architecture_of, read_hf_config
+from eaft_megatron.models.hf_files import HFTensors
 
 
 @torch.no_grad()

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eaft_megatron.megatron_map import kv_groups_can_be_shared
-
-from .config_fields import heads_and_groups
-from .hf_config import architecture_of
+from eaft_megatron.models.config_fields import heads_and_groups
+from eaft_megatron.models.hf_config import architecture_of
 
 if TYPE_CHECKING:
     from eaft_megatron.megatron_map import TransformerConfig

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from .config_fields import is_tied
-from .hf_config import architecture_of
-from .megatron_config import padded_vocab_size
+from eaft_megatron.models.config_fields import is_tied
+from eaft_megatron.models.hf_config import architecture_of
+from eaft_megatron.models.megatron_config import padded_vocab_size
 
 _VALUES = {
     "num_layers": "--num-layers",

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .architecture import Architecture, entry
-from .config_fields import (
+from eaft_megatron.models.architecture import Architecture, entry
+from eaft_megatron.models.config_fields import (
     check_decoder,
     check_given,
     check_no_sliding_window,
@@ -17,8 +17,8 @@ from .config_fields import (
     refuse,
     rope_fields,
 )
-from .llama import LLAMA
-from .transforms import QKV_ROWS, REPLICATED
+from eaft_megatron.models.llama import LLAMA
+from eaft_megatron.models.transforms import QKV_ROWS, REPLICATED
 
 _ATTENTION, _HF = "decoder.layers.{i}.self_attention.", "model.layers.{i}.self_attn."
 

@@ -6,21 +6,24 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from eaft_megatron.files import incomplete_folder
+from eaft_megatron.models.architecture import find_entry, is_copy_of_embedding
+from eaft_megatron.models.chunks import parameters, sizes_of, unwrap
+from eaft_megatron.models.config_fields import is_tied, model_sizes
+from eaft_megatron.models.hf_config import architecture_of, read_hf_config
+from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
 from eaft_megatron.ranks import first_failure, on_rank_0
 
-from .architecture import find_entry, is_copy_of_embedding
-from .chunks import parameters, sizes_of, unwrap
-from .config_fields import is_tied, model_sizes
-from .hf_config import architecture_of, read_hf_config
-from .hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+if TYPE_CHECKING:
+    from eaft_megatron.megatron_map import GPTModel
 
 
 @torch.no_grad()
@@ -68,7 +71,7 @@ def save_hf_weights(
 
 
 def hf_tensors(
-    chunks: list[nn.Module], hf_config: dict, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
+    chunks: list[GPTModel], hf_config: dict, value: Callable[[nn.Parameter], Tensor] = Tensor.detach
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """This pipeline stage's Hugging Face tensors, parameter by parameter; empty lists on tensor-parallel ranks > 0.
 
@@ -99,7 +102,7 @@ def _gather(tensor: Tensor, group: Any) -> list[Tensor]:
     return shards or []
 
 
-def _check_same_model(chunks: list[nn.Module], hf_config: dict) -> None:
+def _check_same_model(chunks: list[GPTModel], hf_config: dict) -> None:
     config, sizes = chunks[0].config, sizes_of(chunks[0], hf_config)
     described = model_sizes(hf_config, sizes.padded_vocab)
     if config.num_layers != hf_config["num_hidden_layers"] or sizes != described:
@@ -112,7 +115,7 @@ def _check_same_model(chunks: list[nn.Module], hf_config: dict) -> None:
         find_entry(table, name)
 
 
-def _write_stage(chunks: list[nn.Module], hf_config: dict, folder: Path, dtype: torch.dtype | None) -> str | None:
+def _write_stage(chunks: list[GPTModel], hf_config: dict, folder: Path, dtype: torch.dtype | None) -> str | None:
     """This rank's part of the gathering and writing. Returns the error instead of raising it: a rank that leaves
     the loop early would leave its tensor-parallel peers waiting."""
     from eaft_megatron.megatron_map import parallel_state
@@ -123,12 +126,12 @@ def _write_stage(chunks: list[nn.Module], hf_config: dict, folder: Path, dtype: 
     error = None
     for tensors in hf_tensors(chunks, hf_config):
         for name, tensor in tensors:
-            error = error or _try(lambda name=name, tensor=tensor: writer.add(name, tensor))
+            error = error or _try(partial(writer.add, name, tensor))
     return error or _try(writer.flush)
 
 
 def _finish(
-    chunks: list[nn.Module], hf_config: dict, source: Path, folder: Path, output: Path, dtype: torch.dtype | None
+    chunks: list[GPTModel], hf_config: dict, source: Path, folder: Path, output: Path, dtype: torch.dtype | None
 ) -> None:
     """Rank 0, once all shards lie in folder."""
     config, sizes = chunks[0].config, sizes_of(chunks[0], hf_config)

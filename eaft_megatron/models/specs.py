@@ -49,4 +49,4 @@ class LocalRMSNorm(torch.nn.RMSNorm):
         assert config.normalization == "RMSNorm", config.normalization
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        vars(self.weight)["sequence_parallel"] = config.sequence_parallel

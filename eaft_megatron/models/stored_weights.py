@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .architecture import Entry, is_copy_of_embedding
-from .config_fields import is_tied, model_sizes
-from .hf_config import architecture_of
-from .hf_files import HFTensors
-from .torch_dist import CheckpointReader, Piece
-from .transforms import ModelSizes
+from eaft_megatron.models.architecture import Entry, is_copy_of_embedding
+from eaft_megatron.models.config_fields import is_tied, model_sizes
+from eaft_megatron.models.hf_config import architecture_of
+from eaft_megatron.models.hf_files import HFTensors
+from eaft_megatron.models.torch_dist import CheckpointReader, Piece
+from eaft_megatron.models.transforms import ModelSizes
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EMBEDDING = "embedding.word_embeddings.weight"

@@ -196,4 +196,4 @@ class _Fill(LoadPlanner):
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError  # this and the rest: the plan is made by hand
 
-    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner
+    create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner  # type: ignore[assignment]

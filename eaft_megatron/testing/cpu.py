@@ -318,7 +318,7 @@ def _waited(p2p_ops: Callable) -> Callable:
     return wait_at_once
 
 
-def _with_torch_adam(cls: type) -> dict[str, Callable]:
+def _with_torch_adam(cls: Any) -> dict[str, Callable]:
     """Checkpoints of the distributed optimizer over torch's Adam, which takes the place of Apex's and TE's.
 
     Its step count is per parameter, where theirs is per group. megatron-core reads it before there is one (the

@@ -152,7 +152,7 @@ class _Run:
         for rank, process in enumerate(self.processes):
             if process.is_alive() and self.path(rank, "stacks").exists():
                 with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGUSR1)
+                    os.kill(_pid(process), signal.SIGUSR1)
                     asked.append(rank)
         until = time.monotonic() + 1.0
         while time.monotonic() < until and not all(self.path(rank, "stacks").stat().st_size for rank in asked):
@@ -165,7 +165,7 @@ class _Run:
         self.killed = True
         for process in self.processes:
             with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(_pid(process), signal.SIGKILL)
             process.kill()  # for one that was too young to lead a group
             process.join()
 
@@ -198,7 +198,7 @@ class _Run:
             lines = json.loads(self.path(rank, "error").read_text())["traceback"].splitlines()
         elif rank in self.died:
             code = self.processes[rank].exitcode
-            what = f"died with exit code {code}" + (f" ({signal.Signals(-code).name})" if code < 0 else "")
+            what = f"died with exit code {code}" + (f" ({signal.Signals(-code).name})" if code and code < 0 else "")
             lines = [*self._read(rank, "stacks"), "its last output:", *self._read(rank, "log")[-_LOG_TAIL_LINES:]]
         elif self.path(rank, "result").exists():
             what = "had returned"
@@ -244,12 +244,13 @@ def _find(module_name: str, file: str | None, qualname: str) -> Callable[..., An
     if module is None:
         with suppress(ImportError):
             module = importlib.import_module(module_name)
-    here = getattr(module, "__file__", None)
-    if module is None or (file and here and not os.path.samefile(here, file)):
+    imported_from = getattr(module, "__file__", None)
+    if file and (module is None or (imported_from and not os.path.samefile(imported_from, file))):
         module = _load_by_file(module_name, Path(file))
+    value: Any = module
     for part in qualname.split("."):
-        module = getattr(module, part)
-    return module
+        value = getattr(value, part)
+    return value
 
 
 def _load_by_file(name: str, file: Path) -> ModuleType:
@@ -264,9 +265,21 @@ def _load_by_file(name: str, file: Path) -> ModuleType:
             sys.modules[package] = ModuleType(package)
             sys.modules[package].__path__ = [str(file.parents[len(parents) - depth])]
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None, f"not a Python file: {file}"
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def _pid(process: mp.process.BaseProcess | ForkedProcess) -> int:
+    assert process.pid is not None, "not started yet"
+    return process.pid
+
+
+def _sentinel_of_parent() -> int:
+    process = mp.parent_process()
+    assert process is not None, "not started by multiprocessing"
+    return process.sentinel
 
 
 def _child(target: tuple, folder: str, rank: int, world_size: int, timeout: float, parent: int | None = None) -> None:
@@ -279,7 +292,7 @@ def _child(target: tuple, folder: str, rank: int, world_size: int, timeout: floa
     stacks = open(f"{base}.stacks", "w")  # noqa: SIM115  stays open for the signal handler
     faulthandler.enable(file=stacks)  # a segmentation fault leaves its stacks there too
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-    gone = mp.parent_process().sentinel if parent is None else parent
+    gone = _sentinel_of_parent() if parent is None else parent
     threading.Thread(target=_leave_with_parent, args=(gone,), daemon=True).start()
     try:
         result = _call(target, folder, rank, world_size, timeout)

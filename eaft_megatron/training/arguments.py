@@ -175,9 +175,7 @@ def _check_data(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-data and --sft-eval-data both name {both[0]!r}")
     args.eval_sets = {**files, **folders}
     if args.sft_packing == "mask" and not (args.sft_data or folders):
-        raise ValueError(
-            "--sft-packing mask is for prepared folders: `eaft-megatron prepare` the data, or remove it"
-        )
+        raise ValueError("--sft-packing mask is for prepared folders: `eaft-megatron prepare` the data, or remove it")
     for flag, path in [("--data", args.data), *(("--eval-data", path) for path in files.values())]:
         if path is not None and not Path(path).is_file():
             raise ValueError(f"{flag}: no such file: {path}")

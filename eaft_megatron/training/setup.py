@@ -20,7 +20,7 @@ from eaft_megatron.models import build_model, load_hf_weights, read_hf_config, t
 class Trainer(NamedTuple):
     """What a training step needs. ``model`` holds the wrapped chunks of this rank, one unless stages interleave."""
 
-    model: list[torch.nn.Module]
+    model: list[Any]
     optimizer: Any
     scheduler: Any
 

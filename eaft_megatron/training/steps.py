@@ -75,9 +75,9 @@ def evaluation_batches(dataset: PreparedDataset, args: argparse.Namespace, devic
     count = min(args.eval_samples or len(dataset), len(dataset))
     order = sorted(range(count), key=dataset.sample_length)
     for begin in range(0, count, args.global_batch_size):
-        part: list[int | None] = list(order[begin : begin + args.global_batch_size])
-        length = dataset.padded_length(part, _LENGTH_MULTIPLE)
-        part += [None] * (args.global_batch_size - len(part))
+        filled = order[begin : begin + args.global_batch_size]
+        length = dataset.padded_length(filled, _LENGTH_MULTIPLE)
+        part: list[int | None] = [*filled, *[None] * (args.global_batch_size - len(filled))]
         own = part[parallel_state.get_data_parallel_rank() :: args.data_parallel_size]
         size = args.micro_batch_size
         yield _load(dataset, [own[i : i + size] for i in range(0, len(own), size)], length, device), length
