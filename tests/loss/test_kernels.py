@@ -63,7 +63,8 @@ def _adversarial(dtypes, every_k, buckets: int, columns: int, width: int) -> dic
     out = {}
     for dtype in dtypes:
         rows = torch.stack(list(adversarial_rows(width, buckets, 16 // dtype.itemsize).values()))
-        storage = torch.full((rows.shape[0], columns + 3), float("nan"), dtype=dtype)
+        storage = torch.full((rows.shape[0] * (columns + 3) + 1,), float("nan"), dtype=dtype)
+        storage = storage[1:].view(rows.shape[0], columns + 3)  # an odd base as well as an odd stride
         storage[:, :width] = rows
         target = torch.arange(rows.shape[0]) % width
         for k in every_k:
@@ -101,6 +102,43 @@ def test_the_largest_k_are_exact_for_every_k_and_dtype():
     for columns, width, buckets in ((203, 197, 4), (160, 9, 4), (64, 1, 4)):
         answers = where_kernels_run(_adversarial, DTYPES, EVERY_K, buckets, columns, width)
         _check_adversarial(answers, buckets, width)
+
+
+def _gradients_of_odd_rows() -> dict:
+    """The gradient kernel with small blocks on rows of any alignment: the storage around them, and the truth."""
+    from eaft_megatron.loss.kernels import gradient
+
+    gradient.gradient_block = lambda dtype: (32, 1)
+    out, (tokens, columns, width) = {}, (5, 101, 97)
+    generator = torch.Generator().manual_seed(6)
+    values = 3 * torch.randn(tokens, columns, generator=generator)
+    target, slope = torch.tensor([3, 96, -100, 150, 40]), torch.tensor([1.0, 0.5, 1.0, 2.0, 0.0])
+    for dtype, stride, base in ((torch.float32, 103, 1), (torch.float32, 104, 0), (torch.bfloat16, 107, 3)):
+        storage = torch.full((base + tokens * stride,), 7.0, dtype=dtype).to(DEVICE)
+        rows = storage[base:].view(tokens, stride)[:, :columns]
+        rows.copy_(values)
+        exact = rows.detach().cpu().double()[:, :width]
+        maximum, sum_exp = exact.amax(1), (exact - exact.amax(1, keepdim=True)).exp().sum(1)
+        expected = torch.softmax(exact, dim=1) - torch.nn.functional.one_hot(target.clamp(0), 151)[:, :width]
+        expected = torch.nn.functional.pad(expected * (slope * (target != -100))[:, None], (0, columns - width))
+        numbers = [tensor.float().to(DEVICE) for tensor in (maximum, sum_exp, slope, torch.ones(tokens))]
+        apart = torch.empty(tokens, columns, dtype=dtype, device=DEVICE)
+        for written in (apart, rows):
+            options = {"start": 0, "width": width, "ignore_index": -100}
+            gradient.launch_gradient(rows, target.to(DEVICE), *numbers, written, **options)
+        gaps = storage.clone()
+        gaps[base:].view(tokens, stride)[:, :columns] = 7.0
+        out[dtype, stride] = (expected, apart.cpu(), rows.cpu().clone(), bool((gaps == 7.0).all()))
+    return out
+
+
+def test_the_gradient_of_rows_that_begin_anywhere():
+    """Odd strides, an odd base pointer, in place and apart, with whole blocks between the edges; gaps stay."""
+    for (dtype, _), (expected, apart, inplace, gaps_kept) in where_kernels_run(_gradients_of_odd_rows).items():
+        assert gaps_kept
+        assert torch.equal(apart, inplace)
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(inplace.double(), expected, rtol=tolerance, atol=1e-6)
 
 
 def _loss_outcome(case: Case, impl: str, inplace: bool) -> Outcome:

@@ -25,6 +25,13 @@ def from_key(key):
 
 
 @triton.jit
+def align_down(row, GROUP: tl.constexpr):
+    """The last 16-byte boundary at or before ``row``, and how many of its elements lie between; GROUP fill 16 bytes."""
+    lead = (row.to(tl.int64) % 16 // (16 // GROUP)).to(tl.int32)
+    return tl.multiple_of(row - lead, 16), lead
+
+
+@triton.jit
 def exp_of_negative(x):
     """exp(x) for x <= 0 to two last places, where exp2(x log2 e) loses |x| last places; 0 below -87, NaN stays NaN."""
     inside = tl.where(x < -87.0, 0.0, x)

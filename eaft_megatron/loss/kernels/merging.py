@@ -1,4 +1,9 @@
-"""From the gathered statistics of all ranks to each token's numbers: one program per token, the same on every rank."""
+"""From the gathered statistics of all ranks to each token's numbers: one program per token, the same on every rank.
+
+A program holds ``[RPAD, KPAD]`` largest logits ``x`` of its token, rank by rank, padded to powers of two with -inf, and
+``[RPAD]`` of what each rank sent once: ``local`` its maximum, ``local_sum`` and ``local_squares`` relative to that.
+Sums over ranks are reductions within one warp, in an order that the compiler fixes once: the same on every rank.
+"""
 
 import torch
 import triton
@@ -78,10 +83,10 @@ def merge_kernel(
 
     rank = tl.arange(0, RPAD)
     place = tl.arange(0, KPAD)
-    here = values + rank.to(tl.int64) * values_stride + token * (KL + TARGET)
+    rank_values = values + rank.to(tl.int64) * values_stride + token * (KL + TARGET)
     inside = (rank < RANKS)[:, None] & (place < KL)[None, :]
-    x = tl.load(here[:, None] + place[None, :], mask=inside, other=MINUS_INF).to(tl.float32)
-    local = tl.load(here, mask=rank < RANKS, other=MINUS_INF).to(tl.float32)  # each rank's maximum comes first
+    x = tl.load(rank_values[:, None] + place[None, :], mask=inside, other=MINUS_INF).to(tl.float32)
+    local = tl.load(rank_values, mask=rank < RANKS, other=MINUS_INF).to(tl.float32)  # each rank's maximum comes first
     broken = tl.sum((local != local).to(tl.int32), axis=0) > 0
     maximum = tl.where(broken, float("nan"), tl.max(local, axis=0))
     if ENTROPY:
@@ -91,7 +96,7 @@ def merge_kernel(
         rescale = tl.where(local == MINUS_INF, 0.0, exp_of_negative(local - maximum))
         local_sum = tl.load(sums + rank * sums_stride + token, mask=rank < RANKS, other=0.0)
         sum_exp = tl.sum(local_sum * rescale, axis=0)
-        logit = tl.load(here + KL, mask=rank < RANKS, other=MINUS_INF).to(tl.float32)
+        logit = tl.load(rank_values + KL, mask=rank < RANKS, other=MINUS_INF).to(tl.float32)
         ce = (maximum - tl.max(logit, axis=0)) + tl.log(sum_exp)
         tl.store(maximum_out + token, maximum)
         tl.store(sum_exp_out + token, sum_exp)

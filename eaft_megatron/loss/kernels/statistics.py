@@ -9,6 +9,10 @@ Names, each a vector over the buckets:
     s1, s2, s3      the steps (tiles of BUCKETS x GROUP columns) at which they came
     g1, g2, g3      the same as numbers of groups in the row, ``step * BUCKETS + bucket``
 
+A row may begin anywhere. Columns are counted from the last 16-byte boundary before it, ``lead`` columns earlier: what
+lies there, and behind ``end`` up to the next boundary, is read and taken for -inf. A 16-byte block that holds a byte of
+the row lies in the same page, so no such read can fault.
+
 Then:
 
 1. The K groups with the largest maxima that were kept are read again, 0.2% of a row; their K largest values are the
@@ -17,7 +21,7 @@ Then:
    for at most (K - 1) / 3 buckets, whatever the data, and usually for none. Their columns are read again and merged.
 
 So the result is exact for any data, ties included, and the work is bounded. In the code compiled for sm_90 the loop
-over the tiles takes 9.8 instructions of a lane per bf16 element, 10.9 per fp32 element (Triton 3.9, K = 20; held below
+over the tiles takes 9.8 instructions of a lane per bf16 element, 11.4 per fp32 element (Triton 3.9, K = 20; held below
 13 and 26 by tests/loss/test_kernels_compiled.py).
 """
 
@@ -30,6 +34,7 @@ from eaft_megatron.loss.kernels.arithmetic import (
     LOG2E,
     LOWEST,
     MINUS_INF,
+    align_down,
     from_key,
     largest_keys,
     to_key,
@@ -64,11 +69,11 @@ def _consume(x, step, total, squares, p1, p2, p3, s1, s2, s3, TRACK: tl.constexp
 
 
 @triton.jit
-def _load_groups(row, group, keep, lane, width, readable, GROUP: tl.constexpr):
-    """Keys of some groups' columns, [groups, GROUP]; -inf where a group is not to be kept or a column is padding."""
+def _load_groups(aligned, group, keep, lane, lead, end, readable, GROUP: tl.constexpr):
+    """Keys of some groups' columns, [groups, GROUP]; -inf where a group is not to be kept or a column not the row's."""
     columns = group[:, None] * GROUP + lane[None, :]
-    x = tl.load(row + columns, mask=keep[:, None] & (columns < readable), other=MINUS_INF).to(tl.float32)
-    return to_key(tl.where(keep[:, None] & (columns < width), x, MINUS_INF))
+    x = tl.load(aligned + columns, mask=keep[:, None] & (columns < readable), other=MINUS_INF).to(tl.float32)
+    return to_key(tl.where(keep[:, None] & (columns >= lead) & (columns < end), x, MINUS_INF))
 
 
 @triton.jit
@@ -103,7 +108,6 @@ def token_statistics_kernel(
     sums,
     tokens,
     width,
-    readable,
     start,
     ignore_index,
     K: tl.constexpr,
@@ -114,7 +118,7 @@ def token_statistics_kernel(
     TARGET: tl.constexpr,
     SQUARES: tl.constexpr,
 ):
-    """``width`` columns are of the true vocabulary; ``readable`` >= width of them may be read (see the launcher)."""
+    """``width`` columns are of the true vocabulary."""
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, KPAD)
     out = values + token * (K + TARGET)
@@ -135,6 +139,9 @@ def token_statistics_kernel(
     bucket = tl.arange(0, BUCKETS)
     lane = tl.arange(0, GROUP)
     columns = bucket[:, None] * GROUP + lane[None, :]
+    aligned, lead = align_down(row, GROUP)
+    end = lead + width
+    readable = (end + GROUP - 1) // GROUP * GROUP
     total = tl.zeros([BUCKETS], tl.float32)
     squares = tl.zeros([BUCKETS], tl.float32)
     p1 = tl.full([BUCKETS], MINUS_INF, tl.float32)
@@ -145,21 +152,22 @@ def token_statistics_kernel(
     s3 = tl.zeros([BUCKETS], tl.int32)
 
     # The next tile is on its way while this one is worked on.
-    last = tl.maximum(width - 1, 0) // TILE * TILE
-    x = tl.load(row + columns, mask=columns < readable, other=MINUS_INF)
+    last = tl.maximum(end - 1, 0) // TILE * TILE
+    x = tl.load(aligned + columns, mask=columns < readable, other=MINUS_INF)
+    x = tl.where(columns >= lead, x, MINUS_INF)
     for begin in range(TILE, last, TILE):
-        following = tl.load(row + begin + columns)
+        following = tl.load(aligned + begin + columns)
         total, squares, p1, p2, p3, s1, s2, s3 = _consume(
             x, begin // TILE - 1, total, squares, p1, p2, p3, s1, s2, s3, TRACK, SQUARES
         )
         x = following
     if last > 0:
-        following = tl.load(row + last + columns, mask=columns < readable - last, other=MINUS_INF)
+        following = tl.load(aligned + last + columns, mask=columns < readable - last, other=MINUS_INF)
         total, squares, p1, p2, p3, s1, s2, s3 = _consume(
             x, last // TILE - 1, total, squares, p1, p2, p3, s1, s2, s3, TRACK, SQUARES
         )
         x = following
-    x = tl.where(columns < width - last, x, MINUS_INF)
+    x = tl.where(columns < end - last, x, MINUS_INF)
     total, squares, p1, p2, p3, s1, s2, s3 = _consume(
         x, last // TILE, total, squares, p1, p2, p3, s1, s2, s3, TRACK, SQUARES
     )
@@ -179,7 +187,9 @@ def token_statistics_kernel(
         left = to_key(p3)
         groups = _largest_groups(to_key(p1), to_key(p2), left, g1, g2, g3, bucket, K, KPAD)
         nothing = tl.full([KPAD], KEY_OF_MINUS_INF, tl.int32)
-        keys = largest_keys(nothing, _load_groups(row, groups, groups >= 0, lane, width, readable, GROUP), K, KPAD)
+        keys = largest_keys(
+            nothing, _load_groups(aligned, groups, groups >= 0, lane, lead, end, readable, GROUP), K, KPAD
+        )
         kth = _kth(keys, K, KPAD)
         while tl.max(left, axis=0) > kth:
             b = tl.min(tl.where(left > kth, bucket, BUCKETS), axis=0)
@@ -190,7 +200,7 @@ def token_statistics_kernel(
             for begin in range(0, last + TILE, TILE * CHUNK):
                 group = (begin // TILE + tl.arange(0, CHUNK)) * BUCKETS + b
                 unseen = (group != seen1) & (group != seen2) & (group != seen3)
-                more = _load_groups(row, group, unseen, lane, width, readable, GROUP)
+                more = _load_groups(aligned, group, unseen, lane, lead, end, readable, GROUP)
                 if tl.max(tl.max(more, axis=1), axis=0) > kth:
                     keys = largest_keys(keys, more, K, KPAD)
                     kth = _kth(keys, K, KPAD)
@@ -233,11 +243,9 @@ def launch_statistics(
         ignore_index: see ``target``.
         shape: from :mod:`eaft_megatron.loss.kernels.tuning`.
     """
-    tokens, columns = rows.shape
+    tokens = rows.shape[0]
     if tokens == 0:
         return
-    # A bound divisible by 16 leaves the masked loads whole; columns between width and it are padding, and masked.
-    readable = min(triton.cdiv(width, 16) * 16, columns)
     token_statistics_kernel[(tokens,)](
         rows,
         rows.stride(0),
@@ -246,7 +254,6 @@ def launch_statistics(
         sums,
         tokens,
         width,
-        readable,
         start,
         ignore_index,
         K=k,
