@@ -15,18 +15,28 @@ from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.methods import METHODS
 from eaft_megatron.ranks import free_port
 from eaft_megatron.testing import run_distributed
+from tests.forked import run_module
 from tests.hooks.megatron_script import PLAIN
 
 SCRIPT = Path(__file__).parent / "small_megatron" / "pretrain_small.py"
+OURS = ["-m", "eaft_megatron.run", "--device", "cpu"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *OURS]
+WITHOUT_US = ["-c", PLAIN]
 
 
-def start(*flags: str, script: Path = SCRIPT, processes: int = 1, hooked: bool = True, style: str = "old"):
-    """The finished process of a run: alone, or under torchrun where there are several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    runner = ["-m", "eaft_megatron.run", "--device", "cpu"]
-    command = [*(torchrun if processes > 1 else []), *runner] if hooked else ["-c", PLAIN]
+def start(
+    *flags: str,
+    script: Path = SCRIPT,
+    processes: int = 1,
+    style: str = "old",
+    command: list[str] | None = None,
+) -> subprocess.CompletedProcess:
+    """The finished process of a run: forked ranks, or `command` of a fresh interpreter in front of the script."""
+    if command is None:
+        argv = ["--device", "cpu", str(script), *flags]
+        return run_module("eaft_megatron.run", argv, processes=processes, env={"STYLE": style})
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "STYLE": style}
-    if not hooked:  # eaft_megatron.run sets these where torchrun did not
+    if command == WITHOUT_US:  # eaft_megatron.run sets these where torchrun did not
         environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
     argv = [sys.executable, *command, str(script), *flags]
@@ -67,7 +77,8 @@ def expected() -> dict[str, float]:
 def test_an_untouched_script_trains_with_the_loss(expected, style, report, processes):
     """Flags parsed within pretrain or before it, reports of every kind, tensor parallel 1 and 2."""
     layout = ("--tensor-model-parallel-size", str(processes))
-    done = start("--loss-type", "eaft", "--report", report, *layout, processes=processes, style=style)
+    command = TORCHRUN if style == "old" else None  # one real torchrun
+    done = start("--loss-type", "eaft", "--report", report, *layout, processes=processes, style=style, command=command)
     first, second, evaluated, metrics = lines(done)
     for name, value in expected.items():
         assert first[name] == pytest.approx(value, rel=1e-5), name
@@ -89,7 +100,7 @@ def test_several_validation_sets_and_a_scalar_report():
 
 def test_sft_is_the_scripts_own_loss():
     """--loss-type sft prints what the script prints without us."""
-    assert lines(start("--loss-type", "sft")) == lines(start(hooked=False))
+    assert lines(start("--loss-type", "sft")) == lines(start(command=WITHOUT_US))
 
 
 @pytest.mark.parametrize("value", ["nan", pytest.param("inf", marks=pytest.mark.slow)])
@@ -162,7 +173,7 @@ def test_a_wrong_flag_is_one_line(tmp_path):
 
 def test_help_has_a_group_of_its_own():
     """The flags are found where a user looks for them."""
-    done = start("--help")
+    done = start("--help", command=OURS)
     assert done.returncode == 0
     group = done.stdout[done.stdout.index("\neaft:") :]
     assert f"--loss-type {{{','.join(METHODS)}}}" in group and "--eaft-topk K" in group
@@ -183,10 +194,10 @@ def test_a_flag_that_the_script_adds_itself(tmp_path):
 
 def test_a_missing_script_or_megatron_is_said(tmp_path):
     """Before anything heavy is imported."""
-    done = start(script=tmp_path / "nowhere.py")
+    done = start(script=tmp_path / "nowhere.py", command=OURS)
     assert done.returncode == 1 and "no such script" in done.stderr
     (tmp_path / "alone.py").write_text("")
     (tmp_path / "megatron").mkdir()  # a package without `training`, whatever is installed
     (tmp_path / "megatron" / "__init__.py").write_text("")
-    done = start(script=tmp_path / "alone.py")
+    done = start(script=tmp_path / "alone.py", command=OURS)
     assert done.returncode == 1 and "must lie in a Megatron-LM checkout" in done.stderr
