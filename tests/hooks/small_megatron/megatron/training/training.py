@@ -31,7 +31,7 @@ def print_rank_last(message):
 
 def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func, args_defaults={}):  # noqa: B006
     initialize_megatron(args_defaults=args_defaults)
-    model, optimizer = model_provider()
+    model, optimizer, _ = setup_model_and_optimizer(model_provider, model_type)
     steps = get_args().train_iters
     dataset = train_valid_test_dataset_provider([steps * get_args().global_batch_size, 0, 0])[0]
     from_tiny_gpt = not getattr(get_args(), "sft_data", None)
@@ -47,6 +47,11 @@ def pretrain(train_valid_test_dataset_provider, model_provider, model_type, forw
     if not get_args().multiple_validation_sets:
         sets = sets[0]
     evaluate_and_print_results("the end", forward_step_func, sets, model, get_args().train_iters)
+
+
+def setup_model_and_optimizer(model_provider_func, model_type):
+    model, optimizer = model_provider_func()
+    return model, optimizer, None  # no schedule of the learning rate
 
 
 def build_pretraining_data_loader(dataset, consumed_samples):
