@@ -205,13 +205,8 @@ def test_the_hot_loop_fits_the_budget(compiled, everything):
 @EXTENT
 def test_the_gradient_reads_and_writes_16_bytes_at_a_time(compiled, everything):
     """As many 16-byte loads as stores beside the zeros of dead rows; rounding to nearest; budget as above, twice."""
-<<<<<<< HEAD
     for name, found in compiled(everything).items():
-        if name[0] == "gradient":
-=======
-    for name, found in _compiled(everything).items():
         if name[0] == "gradient" and name[3]:
->>>>>>> 5dc136b (Kernels: rows of any alignment in 16-byte steps, without a spill)
             needed = found["tile"] * name[1].itemsize // 16 // found["threads"]
             assert found["sass"].count("LDG.E.128") == needed, name
             assert found["sass"].count("STG.E.128") == 2 * needed, name
@@ -221,9 +216,9 @@ def test_the_gradient_reads_and_writes_16_bytes_at_a_time(compiled, everything):
 
 
 @EXTENT
-def test_unaligned_rows_are_read_and_written_16_bytes_at_a_time(everything):
+def test_unaligned_rows_are_read_and_written_16_bytes_at_a_time(compiled, everything):
     """The statistics know no other rows. In the gradient all blocks but a row's first and last take 16-byte steps."""
-    for name, found in _compiled(everything).items():
+    for name, found in compiled(everything).items():
         if name[0] == "statistics":
             assert _hot_loop_instructions(found) <= 16, name
         if name[0] == "gradient" and not name[3]:
