@@ -17,11 +17,10 @@ from eaft_megatron.loss.exchange import Statistics, merge_entropy, merge_packed,
 from eaft_megatron.loss.inputs import BoundGate
 from eaft_megatron.loss.plan import Plan
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import Spans
 
 
 def start_statistics(
-    rows: Tensor, target: Tensor, plan: Plan, *, spans: Spans | None = None
+    rows: Tensor, target: Tensor, plan: Plan, *, keep: Tensor | None = None
 ) -> Callable[[], Statistics]:
     """The forward pass: one read of the logits, and the exchange over ``plan.group`` on its way.
 
@@ -29,7 +28,7 @@ def start_statistics(
         rows: ``[N, V_local]`` logits; they may be overwritten as soon as this returns.
         target: ``[M]`` int64, of the rows looked at.
         plan: the checked arguments.
-        spans: the rows to look at, M in all; None for all N. The kernels take None alone.
+        keep: ``[M]`` ascending indices of the rows to look at; None for all N. The kernels take None alone.
 
     Returns:
         A function that waits for the other ranks and gives the ``[M]`` statistics of the whole vocabulary.
@@ -40,7 +39,7 @@ def start_statistics(
 
         message, merge = triton_impl.local_statistics(rows, target, plan), triton_impl.merge_packed
     else:
-        message = torch_impl.local_statistics(rows, target, plan, spans=spans)
+        message = torch_impl.local_statistics(rows, target, plan, keep=keep)
     if plan.exchange == "split":
         return lambda: merge_split(message, target, plan)
     gathered = message.start_gather(plan.group)
@@ -105,7 +104,7 @@ def write_gradient(
     plan: Plan,
     out: Tensor,
     *,
-    spans: Spans | None = None,
+    keep: Tensor | None = None,
 ) -> None:
     """The backward pass, ``upstream * slope * (softmax - onehot)``: one read, one write, no communication.
 
@@ -114,7 +113,7 @@ def write_gradient(
         target, maximum, sum_exp, slope, upstream: ``[M]``, for the rows looked at.
         plan: the checked arguments.
         out: ``[N, V_local]``; may be ``rows``. Rows of ignored tokens and rows not looked at get zeros.
-        spans: as in :func:`start_statistics`.
+        keep: as in :func:`start_statistics`.
     """
     if plan.triton:
         from eaft_megatron.loss import triton_impl
@@ -123,7 +122,7 @@ def write_gradient(
         return
     # An ignored token's gradient is zero even where its upstream gradient is not a number.
     slope = (slope * upstream).masked_fill(plan.ignored(target), 0)
-    torch_impl.write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, out, spans=spans)
+    torch_impl.write_gradient(rows, target, maximum, slope / sum_exp, slope, plan.shard, out, keep=keep)
 
 
 def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:

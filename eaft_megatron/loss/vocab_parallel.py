@@ -22,7 +22,6 @@ from eaft_megatron.loss.passes import (
 )
 from eaft_megatron.loss.plan import Plan
 from eaft_megatron.loss.token_stats import TokenStats
-from eaft_megatron.loss.torch_impl import spans_of
 
 if TYPE_CHECKING:
     from typing import Unpack  # Python 3.11
@@ -208,16 +207,12 @@ class _TokenLoss(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, target: Tensor, plan: Plan, gate: BoundGate, compact: bool, inplace: bool
     ) -> tuple[Tensor | None, ...]:
-        spans = keep = None
-        kept_target = target
-        if compact:
-            valid = ~plan.ignored(target)
-            spans, keep = spans_of(valid), valid.nonzero().squeeze(1)
-            kept_target = target[keep]
-        statistics = start_statistics(rows, kept_target, plan, spans=spans)()
+        keep = (~plan.ignored(target)).nonzero().squeeze(1) if compact else None
+        kept_target = target if keep is None else target[keep]
+        statistics = start_statistics(rows, kept_target, plan, keep=keep)()
         slope, outputs = apply_gate(ctx, statistics, target, keep, plan, gate)
         ctx.save_for_backward(rows, kept_target, keep, statistics.maximum, statistics.sum_exp, slope)
-        ctx.plan, ctx.spans, ctx.inplace = plan, spans, inplace
+        ctx.plan, ctx.inplace = plan, inplace
         return outputs
 
     @staticmethod
@@ -226,7 +221,7 @@ class _TokenLoss(torch.autograd.Function):
         rows, target, keep, maximum, sum_exp, slope = ctx.saved_tensors
         gradient = rows.detach() if ctx.inplace and not _overlaps_itself(rows) else torch.empty_like(rows)
         upstream = grad_loss if keep is None else grad_loss[keep]
-        write_gradient(rows, target, maximum, sum_exp, slope, upstream, ctx.plan, gradient, spans=ctx.spans)
+        write_gradient(rows, target, maximum, sum_exp, slope, upstream, ctx.plan, gradient, keep=keep)
         return gradient, None, None, None, None, None
 
 

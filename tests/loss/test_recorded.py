@@ -166,7 +166,16 @@ def _probe() -> str:
         logits = problem["logits"][:2].to(dtype)
         if dtype in (torch.float64, torch.float32):
             e = (logits / 8).exp()
-            out += [e, e.sum(dim=1), e.log(), torch.log1p(e), e[:, :40].sum(dim=1), e.square().sum(dim=1)]
+            out += [
+                e,
+                e.exp2(),
+                torch.add(e[:, :1], e, alpha=1.25),
+                e.sum(dim=1),
+                e.log(),
+                torch.log1p(e),
+                e[:, :40].sum(dim=1),
+                e.square().sum(dim=1),
+            ]
         out.append(problem["hidden"].to(dtype) @ problem["weight"].to(dtype).t())
     return "-".join(_digest(tensor) for tensor in out)
 
@@ -176,7 +185,11 @@ def _digest(tensor: Tensor) -> str:
 
 
 def _all_answers() -> dict[str, Any]:
-    torch_impl._BLOCK, torch_impl._CHUNK_NUMBERS_CPU = 16, 2 * COLUMNS  # several chunks; the two-level top-K
+    torch_impl._BLOCK, torch_impl._BLOCKS_STEP, torch_impl._CHUNK_NUMBERS_CPU = (
+        16,
+        1,
+        2 * COLUMNS,
+    )  # several chunks; the two-level top-K
     answers = {json.dumps(variant): _answer(variant) for variant in _variants()}
     return {"probe": _probe(), "answers": answers | {"entropy alone": _entropies()}}
 

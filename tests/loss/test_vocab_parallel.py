@@ -11,6 +11,7 @@ import torch.distributed as dist
 from eaft_megatron import SFTGate, vocab_parallel_eaft_loss, vocab_parallel_token_loss, vocab_parallel_topk_entropy
 from eaft_megatron.loss import exchange as exchange_module
 from eaft_megatron.loss import torch_impl
+from eaft_megatron.loss.reference import reference_eaft_loss
 from eaft_megatron.testing import poisoned_memory, run_distributed
 from tests.loss.cases import Case, Outcome, assert_matches, build_cases, reference_outcome
 from tests.worlds import once
@@ -265,6 +266,53 @@ def test_collectives_are_as_few_as_promised(exchange, expected):
     """Packed: one all-gather. Split: one all-gather and one all-reduce. Backward: none."""
     for forward, backward in run_distributed(_count_collectives, 2, exchange, timeout=60):
         assert forward == expected and backward == []
+
+
+@pytest.mark.parametrize("layout", ["every second", "runs", "one in four"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_left_out_in_any_layout(monkeypatch, dtype, layout):
+    """Single rows are copied together, runs are not: the loss and gradient of every row walked, in place or not."""
+    monkeypatch.setattr(torch_impl, "_CHUNK_NUMBERS_CPU", 10 * 1500)
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 1500, generator=generator)
+    logits[::9] = logits[::9].round()  # ties: more candidates than K
+    target = torch.randint(0, 1500, (64,), generator=generator)
+    number = torch.arange(64)
+    target[{"every second": number % 2 == 0, "runs": number % 32 < 14, "one in four": number % 4 > 0}[layout]] = -100
+    outcomes = []
+    for compact, inplace in ((False, False), (True, False), (True, True)):
+        leaf = logits.to(dtype).requires_grad_()
+        loss, stats = vocab_parallel_eaft_loss(
+            leaf * 1, target, topk=4, compact_ignored=compact, inplace_backward=inplace, return_stats=True
+        )
+        loss.sum().backward()
+        outcomes.append((loss.detach(), stats.entropy, leaf.grad))
+    for outcome in outcomes[1:]:
+        for actual, expected in zip(outcome, outcomes[0], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    reference = reference_eaft_loss(logits.to(dtype).double(), target, topk=4)
+    torch.testing.assert_close(outcomes[0][0].double(), reference[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [64, 4096])
+def test_logits_at_the_ends_of_float32(size):
+    """A vocabulary masked by finfo.min, in part or as a whole, and a row of huge logits: finite and right."""
+    lowest, highest = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+    logits = torch.randn(4, size)
+    logits[0] = lowest
+    logits[1, 5:] = lowest
+    logits[2] = highest
+    logits[3, 1] = highest
+    target = torch.tensor([3, 2, 1, 1])
+    leaf = logits.clone().requires_grad_()
+    loss, stats = vocab_parallel_eaft_loss(leaf, target, topk=4, return_stats=True)
+    loss.sum().backward()
+    exact = logits.double()
+    exact = (exact - exact.amax(dim=1, keepdim=True)).requires_grad_()  # or float64 would lose ln V beside 3e38
+    expected, ce, _, _ = reference_eaft_loss(exact, target, topk=4)
+    expected.sum().backward()
+    torch.testing.assert_close(stats.ce.double(), ce.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_the_comparison_itself_can_fail():
