@@ -18,7 +18,6 @@ VERBS = {  # verb: what it does; its module is eaft_megatron.commands.<verb>
     "launch": "a recipe as a Slurm job, or as a run on this machine",
     "check": "under srun or torchrun, before the real thing: nodes, network, disks, checkpoint, data, loss",
     "report": "a run's curves as one picture and a short table",
-    "gguf-to-hf": "a Llama GGUF file as a (dequantised) Hugging Face folder",
 }
 
 

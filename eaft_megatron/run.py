@@ -69,8 +69,8 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
     sys.argv = [str(script), *flags]
     sys.path[0] = str(script.resolve().parent)  # as a direct run has it: the checkout before what is installed
     _check_megatron()
-    from eaft_megatron.data.megatron_source import MegatronSource
     from eaft_megatron.hooks import rebind_megatron
+    from eaft_megatron.hooks.prepared_source import PreparedSource
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(world_of_one())
@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace, script: Path, flags: list[str]) -> None:
             from eaft_megatron.testing.cpu_script import script_standins
 
             stack.enter_context(script_standins())
-        rebind_megatron(MegatronSource())
+        rebind_megatron(PreparedSource())
         try:
             runpy.run_path(str(script), run_name="__main__")
         except argparse.ArgumentError as error:  # the script's own extra flags come after ours

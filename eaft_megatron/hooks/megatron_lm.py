@@ -12,7 +12,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eaft_megatron.hooks.arguments import add_eaft_arguments, named_paths, settings_from_args
 from eaft_megatron.hooks.evaluation import evaluate_sets
@@ -28,6 +28,9 @@ from eaft_megatron.hooks.side_columns import rebind_get_batch
 from eaft_megatron.loss.gate import Gate
 from eaft_megatron.megatron_map import release, validate_args_modules
 
+if TYPE_CHECKING:
+    from eaft_megatron.hooks.prepared_source import PreparedSource
+
 _NO_YAML = "--yaml-cfg replaces the parsed flags, --loss-type among them: give flags instead of a YAML file"
 
 
@@ -35,7 +38,7 @@ def attach(
     args: argparse.Namespace,
     forward_step_func: Callable | None = None,
     *,
-    prepared: Any = None,
+    prepared: PreparedSource | None = None,
     gate: Gate | None = None,
 ) -> Callable | None:
     """Make Megatron-LM's training loop train with the loss that its parsed and validated ``args`` ask for.
@@ -46,7 +49,7 @@ def attach(
     Args:
         args: Megatron-LM's flags, ours among them.
         forward_step_func: to be given our metrics.
-        prepared: what opens ``--sft-data``, :class:`eaft_megatron.data.megatron_source.MegatronSource`; from ``run``.
+        prepared: what opens ``--sft-data``, :class:`eaft_megatron.hooks.prepared_source.PreparedSource`; from ``run``.
         gate: one of your own, instead of ``--loss-type``; its ``repr`` is kept in ``args``, and a run that resumes a
             checkpoint must have the same.
 
@@ -106,7 +109,7 @@ def _say_what_sft_ignores(args: argparse.Namespace) -> None:
             warnings.warn(f"{flag} has no effect with --loss-type sft, which is Megatron's own loss", stacklevel=3)
 
 
-def _open_data(args: argparse.Namespace, gate: Gate, prepared: Any) -> None:
+def _open_data(args: argparse.Namespace, gate: Gate, prepared: PreparedSource | None) -> None:
     """Open --sft-data, and have its evaluation sets evaluated one by one; last, so that it sees our wrappers."""
     if not args.sft_data:
         if args.sft_eval_data or args.sft_packing != "auto":
@@ -131,7 +134,7 @@ def _open_data(args: argparse.Namespace, gate: Gate, prepared: Any) -> None:
     evaluate_sets(prepared.evaluation_sets, prepared.evaluation_dataset)
 
 
-def rebind_megatron(prepared: Any = None) -> None:
+def rebind_megatron(prepared: PreparedSource | None = None) -> None:
     """Have Megatron-LM's modules take the loss flags and call :func:`attach` themselves; scripts stay untouched.
 
     Args:
@@ -208,7 +211,7 @@ def taken_flag_message(flag: str) -> str:
     )
 
 
-def _attaching(validate_args: Callable, prepared: Any) -> Callable:
+def _attaching(validate_args: Callable, prepared: PreparedSource | None) -> Callable:
     @functools.wraps(validate_args)
     def validate(args: argparse.Namespace, *rest: Any, **kwargs: Any):
         result = validate_args(args, *rest, **kwargs)
@@ -218,7 +221,7 @@ def _attaching(validate_args: Callable, prepared: Any) -> Callable:
     return validate
 
 
-def _with_our_forward_step(pretrain: Callable, prepared: Any) -> Callable:
+def _with_our_forward_step(pretrain: Callable, prepared: PreparedSource | None) -> Callable:
     signature = inspect.signature(pretrain)
 
     @functools.wraps(pretrain)

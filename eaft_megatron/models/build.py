@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -118,6 +118,7 @@ def _mark_tensor_parallel(model: GPTModel, hf_config: dict) -> None:
     """Say which parameters are split over the ranks. megatron-core's local linear layers say it only when they
     initialise their weights, and its gradient norm takes an unmarked parameter for a copy and counts one rank's."""
     table = architecture_of(hf_config).table(is_tied(hf_config))
+    parameter: Any  # takes Megatron's marks
     for name, _, parameter in parameters([model]):
         partition = find_entry(table, name).kind.partition
         if partition and not getattr(parameter, "tensor_model_parallel", False):

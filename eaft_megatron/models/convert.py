@@ -20,7 +20,7 @@ from eaft_megatron.files import new_folder, write_json, write_text
 from eaft_megatron.models.config_fields import is_tied, model_sizes
 from eaft_megatron.models.hf_config import architecture_of, read_hf_config
 from eaft_megatron.models.hf_files import HFTensors
-from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+from eaft_megatron.models.hf_writer import SafetensorsWriter, carry_files, check_output, finish_shards, write_config
 from eaft_megatron.models.megatron_config import padded_vocab_size
 from eaft_megatron.models.pretrain_flags import pretrain_flags
 from eaft_megatron.models.stored_weights import Weight, check_source, check_stored, weights_of
@@ -105,7 +105,7 @@ def convert_to_hf(
     reader, weights = CheckpointReader(checkpoint), weights_of(hf_config)
     stored, sizes = check_stored(reader, weights, hf_config)
     with new_folder(output) as folder:
-        writer = ShardWriter(folder)
+        writer = SafetensorsWriter(folder)
         with _bar(sum(piece.bytes for piece in stored), "writing", progress) as bar:
             for weight, piece in zip(weights, stored, strict=True):
                 for name, value in zip(weight.names, _hf_tensors(reader, weight, sizes), strict=True):

@@ -25,7 +25,7 @@ def check_output(output_dir: Path, dtype: torch.dtype | None) -> None:
         raise ValueError(f"output_dir {output_dir} exists and is not empty: choose another, or remove it first")
 
 
-class ShardWriter:
+class SafetensorsWriter:
     """Collects tensors on the CPU and writes a file into folder whenever 5 GB are together; call flush at the end.
 
     dtype: what everything is converted to; None keeps each tensor's own. stage: distinguishes concurrent writers.

@@ -19,7 +19,7 @@ from eaft_megatron.models.architecture import find_entry, is_copy_of_embedding
 from eaft_megatron.models.chunks import parameters, sizes_of, unwrap
 from eaft_megatron.models.config_fields import is_tied, model_sizes
 from eaft_megatron.models.hf_config import architecture_of, read_hf_config
-from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+from eaft_megatron.models.hf_writer import SafetensorsWriter, carry_files, check_output, finish_shards, write_config
 from eaft_megatron.ranks import first_failure, on_rank_0
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _write_stage(chunks: list[GPTModel], hf_config: dict, folder: Path, dtype: t
 
     if parallel_state.get_data_parallel_rank(with_context_parallel=True) != 0:
         return None
-    writer = ShardWriter(folder, parallel_state.get_pipeline_model_parallel_rank(), dtype)
+    writer = SafetensorsWriter(folder, parallel_state.get_pipeline_model_parallel_rank(), dtype)
     error = None
     for tensors in hf_tensors(chunks, hf_config):
         for name, tensor in tensors:

@@ -194,6 +194,6 @@ class _Fill(LoadPlanner):
         pass
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError  # this and the rest: the plan is made by hand
+        raise AssertionError  # this and the rest: the plan is made by hand
 
     create_local_plan = create_global_plan = finish_plan = load_bytes = set_up_planner  # type: ignore[assignment]

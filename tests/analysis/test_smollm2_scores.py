@@ -34,8 +34,10 @@ def test_scores_and_landscape_of_a_real_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
     pytest.importorskip("gguf")
+    from tests.examples.gguf_reader import gguf_to_hf
+
     model, folder = tmp_path / "model", tmp_path / "data"
-    main(["gguf-to-hf", GGUF, str(model)])
+    gguf_to_hf(GGUF, model)
     names = sorted(name for name in topics if len(topics[name]) > 2000)[::2]
     source = write(tmp_path / "topics.jsonl", [{"text": topics[name][:2000]} for name in names[:14]])
     arguments = ["--input", source, "--tokenizer", str(model), "--output", str(folder), "--seq-length", "1024"]

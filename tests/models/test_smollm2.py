@@ -37,7 +37,7 @@ here gave their lives that that nation might live. It is altogether fitting and 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     pytest.importorskip("gguf")
-    from eaft_megatron.models.gguf import gguf_to_hf
+    from tests.examples.gguf_reader import gguf_to_hf
 
     output = tmp_path_factory.mktemp("smollm2") / "hf"
     gguf_to_hf(GGUF, output)

@@ -7,7 +7,7 @@ import torch
 
 from eaft_megatron.models.architecture import find_entry
 from eaft_megatron.models.llama import LLAMA
-from eaft_megatron.models.transforms import COLUMN, FUSED_GATE_UP, GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB, ModelSizes
+from eaft_megatron.models.transforms import FUSED_GATE_UP, GATE_UP, QKV_ROWS, REPLICATED, ROW, VOCAB, ModelSizes
 
 
 def sizes(**changes) -> ModelSizes:
@@ -30,7 +30,6 @@ def column(*values: int) -> torch.Tensor:
         (FUSED_GATE_UP, [column(0, 1, 2, 3, 10, 11, 12, 13)], [[0, 1, 10, 11], [2, 3, 12, 13]]),
         # five rows padded with zeros to eight
         (VOCAB, [column(1, 2, 3, 4, 5)], [[1, 2, 3, 4], [5, 0, 0, 0]]),
-        (COLUMN, [column(1, 2, 3, 4)], [[1, 2], [3, 4]]),
         (ROW, [column(1, 2, 3, 4).T], [[1, 2], [3, 4]]),
         (REPLICATED, [column(1, 2)], [[1, 2], [1, 2]]),
     ],

@@ -13,7 +13,7 @@ from eaft_megatron.models import read_hf_config
 from tests.models.tiny import tiny_llama, token_ids
 
 gguf = pytest.importorskip("gguf")
-from eaft_megatron.models.gguf import gguf_to_hf, main  # noqa: E402
+from tests.examples.gguf_reader import gguf_to_hf, main  # noqa: E402
 
 _TENSORS = {
     "model.embed_tokens": "token_embd",

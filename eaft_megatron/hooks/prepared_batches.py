@@ -20,7 +20,7 @@ from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_fol
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
 
 
-class MegatronData:
+class PreparedBatches:
     """``--sft-data`` and ``--sft-eval-data`` of one job.
 
     Args:
@@ -96,13 +96,13 @@ class MegatronData:
         content = [content_of(self.train.data.manifest), self.layout.packed, self.args.seed]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def training_dataset(self, samples: int) -> torch.utils.data.Dataset:
+    def training_dataset(self, samples: int) -> Samples:
         """``samples`` samples, epoch after epoch, each epoch in an order of its own that follows from ``--seed``."""
         self.train.compute_columns()
         # One batch more than is asked for: a job that is started again when it is done must find a sample to wait for.
         return Samples(self, self.train, samples + self.args.global_batch_size, seed=self.args.seed, side=True)
 
-    def evaluation_dataset(self, name: str, batch_size: int) -> torch.utils.data.Dataset:
+    def evaluation_dataset(self, name: str, batch_size: int) -> Samples:
         """A set from its first sample on, filled up to whole batches with samples whose loss mask is 0."""
         dataset = self.evaluation[name]
         return Samples(self, dataset, -(-len(dataset) // batch_size) * batch_size, seed=None, side=True)
@@ -131,7 +131,9 @@ class MegatronData:
 class Samples(torch.utils.data.Dataset):
     """A row of ``count`` samples: epoch after epoch, shuffled; or, if seed is None, each once, then masked ones."""
 
-    def __init__(self, data: MegatronData, dataset: PreparedDataset, count: int, seed: int | None, side: bool) -> None:
+    def __init__(
+        self, data: PreparedBatches, dataset: PreparedDataset, count: int, seed: int | None, side: bool
+    ) -> None:
         self._data, self._dataset, self._count, self._seed, self._side = data, dataset, count, seed, side
         self._order = functools.lru_cache(maxsize=2)(epoch_order)
 

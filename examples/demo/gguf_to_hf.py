@@ -1,6 +1,6 @@
 """A GGUF file of a Llama-architecture model into a Hugging Face folder, dequantised.
 
-    python -m eaft_megatron.models.gguf FILE OUTPUT_DIR [--dtype bfloat16] [--tokenizer-dir DIR]
+    python examples/demo/gguf_to_hf.py FILE OUTPUT_DIR [--dtype bfloat16] [--tokenizer-dir DIR]
 
 Needs the `gguf` package, and `tokenizers` for the tokenizer. Format: github.com/ggml-org/ggml, docs/gguf.md.
 """
@@ -16,7 +16,7 @@ import torch
 
 from eaft_megatron.files import new_folder
 from eaft_megatron.models.config_fields import heads_and_groups, is_tied, model_sizes
-from eaft_megatron.models.hf_writer import ShardWriter, carry_files, check_output, finish_shards, write_config
+from eaft_megatron.models.hf_writer import SafetensorsWriter, carry_files, check_output, finish_shards, write_config
 from eaft_megatron.models.llama import LLAMA
 
 _NAMES = {
@@ -66,12 +66,12 @@ def gguf_to_hf(
         raise ValueError(f"{gguf_file} lacks the tensor behind {min(missing)}")
     with new_folder(output) as folder:
         if tokenizer_dir is None:
-            from eaft_megatron.models.gguf_tokenizer import write_tokenizer
+            from gguf_tokenizer import write_tokenizer
 
             write_tokenizer(metadata, folder)
         else:
             carry_files(Path(tokenizer_dir), folder)
-        writer = ShardWriter(folder, dtype=dtype)
+        writer = SafetensorsWriter(folder, dtype=dtype)
         for tensor in reader.tensors:
             writer.add(names[tensor.name], _dequantise(tensor, config))
         writer.flush()
@@ -150,7 +150,7 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding"}
 def _open(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
-    import gguf  # the package of that name, not this module
+    import gguf
 
     try:
         return gguf.GGUFReader(str(path))
@@ -193,7 +193,7 @@ def _undo_rope_permutation(weight: Any, heads: int, head_dim: int) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eaft_megatron.models.gguf", description=gguf_to_hf.__doc__)
+    parser = argparse.ArgumentParser(prog="gguf_to_hf.py", description=gguf_to_hf.__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", help="a .gguf file")
     parser.add_argument("output_dir", help="a folder that does not exist yet, or is empty")

@@ -1,31 +1,33 @@
-"""What ``run`` gives the hooks: prepared data, opened once the flags are known. Light to import."""
+"""Where Megatron-LM's training loop finds prepared data, opened once the flags are known. Light to import."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from eaft_megatron.data.context_parallel import context_parallel_indices
+from eaft_megatron.loss.gates import Gate
+
+if TYPE_CHECKING:
+    from eaft_megatron.hooks.prepared_batches import PreparedBatches, Samples
 
 
-class MegatronSource:
+class PreparedSource:
     """The prepared data of this process, once the flags are known: what the hooks ask for it."""
 
     cut = staticmethod(context_parallel_indices)
 
     def __init__(self) -> None:
-        self.current: Any = None
+        self.current: PreparedBatches | None = None
         self.carries_columns = False  # whether the host's get_batch lets columns pass; the hooks find out
 
-    def open(self, args: argparse.Namespace, gate: Any, version: tuple[int, int]) -> Any:
-        """Open and check what ``args`` ask for; errors as in :class:`eaft_megatron.data.megatron_lm.MegatronData`."""
-        from eaft_megatron.data.megatron_lm import MegatronData
+    def open(self, args: argparse.Namespace, gate: Gate, version: tuple[int, int]) -> PreparedBatches:
+        """Open and check what ``args`` ask for; errors as in :class:`PreparedBatches`."""
+        from eaft_megatron.hooks.prepared_batches import PreparedBatches
 
-        self.current = MegatronData(
+        self.current = PreparedBatches(
             args,
             gate.needs_side,
             with_sequence_ids=gate.needs_sequence_ids,
@@ -49,8 +51,9 @@ class MegatronSource:
         """Names of the evaluation sets."""
         return () if self.current is None else tuple(self.current.evaluation)
 
-    def evaluation_dataset(self, name: str, batch_size: int) -> torch.utils.data.Dataset:
+    def evaluation_dataset(self, name: str, batch_size: int) -> Samples:
         """A set from its first sample on, filled up to whole batches of ``batch_size``."""
+        assert self.current is not None  # evaluation_sets() names none before
         return self.current.evaluation_dataset(name, batch_size)
 
     def provider(self, original: Callable) -> Callable:
@@ -62,7 +65,7 @@ class MegatronSource:
 
 
 class _Provider:
-    def __init__(self, original: Callable, source: MegatronSource) -> None:
+    def __init__(self, original: Callable, source: PreparedSource) -> None:
         self._original, self._source = original, source
         self.__signature__ = inspect.signature(original)  # Megatron-LM looks for vp_stage in it (0.15 on)
 

@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("datasets")
 
-from eaft_megatron.data.megatron_lm import MegatronData, choose_layout
 from eaft_megatron.data.prepare import prepare
 from eaft_megatron.data.prepare_options import PrepareOptions
+from eaft_megatron.hooks.prepared_batches import PreparedBatches, choose_layout
 from tests.data.conftest import build_tokenizer
 from tests.data.conversations import chats, write
 
@@ -95,7 +95,7 @@ def folder(tmp_path_factory):
 def test_thd_samples_hold_their_boundaries(folder):
     """int32, from 0 to seq_length; padded to one length from 0.19 on, so that samples can be stacked."""
     for version in ((0, 18), (0, 19)):
-        data = MegatronData(_args(sft_data=str(folder), **THD), version=version)
+        data = PreparedBatches(_args(sft_data=str(folder), **THD), version=version)
         samples = data.training_dataset(4)
         for index in range(4):
             bounds, longest = samples[index]["cu_seqlens"], samples[index]["max_seqlen"]
@@ -109,19 +109,19 @@ def test_thd_samples_hold_their_boundaries(folder):
 
 def test_every_epoch_has_every_sample_in_another_order(folder):
     """Three epochs of the training set: each a permutation, no two alike; the same for the same seed."""
-    data = MegatronData(_args(sft_data=str(folder), **LOCAL), version=(0, 16))
+    data = PreparedBatches(_args(sft_data=str(folder), **LOCAL), version=(0, 16))
     size = len(data.train)
     samples = data.training_dataset(3 * size)
     tokens = [tuple(samples[index]["tokens"].tolist()) for index in range(3 * size)]
     epochs = [tokens[begin : begin + size] for begin in range(0, 3 * size, size)]
     assert len({tuple(sorted(epoch)) for epoch in epochs}) == 1 and len({tuple(epoch) for epoch in epochs}) == 3
-    again = MegatronData(_args(sft_data=str(folder), **LOCAL), version=(0, 16)).training_dataset(3 * size)
+    again = PreparedBatches(_args(sft_data=str(folder), **LOCAL), version=(0, 16)).training_dataset(3 * size)
     assert tokens[size] == tuple(again[size]["tokens"].tolist())
 
 
 def test_an_evaluation_set_counts_each_sample_once(folder):
     """In order, then filled up to whole batches with samples that do not count."""
-    data = MegatronData(_args(sft_data=str(folder), **LOCAL), version=(0, 16))
+    data = PreparedBatches(_args(sft_data=str(folder), **LOCAL), version=(0, 16))
     assert list(data.evaluation) == ["valid"]
     samples, dataset = data.evaluation_dataset("valid", 8), data.evaluation["valid"]
     assert len(samples) % 8 == 0 and len(samples) - len(dataset) < 8
@@ -132,6 +132,6 @@ def test_an_evaluation_set_counts_each_sample_once(folder):
 
 def test_context_parallelism_needs_rows_it_can_cut(folder):
     """Rows padded to 4 serve CP 2, not CP 4; the error has the command that helps."""
-    MegatronData(_args(sft_data=str(folder), context_parallel_size=2, **THD), version=(0, 19))
+    PreparedBatches(_args(sft_data=str(folder), context_parallel_size=2, **THD), version=(0, 19))
     with pytest.raises(ValueError, match="--repack .* --pad-to-multiple-of 8"):
-        MegatronData(_args(sft_data=str(folder), context_parallel_size=4, **THD), version=(0, 19))
+        PreparedBatches(_args(sft_data=str(folder), context_parallel_size=4, **THD), version=(0, 19))
