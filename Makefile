@@ -59,7 +59,7 @@ test-all: $(VENV)/.dev
 WHEEL_VENV ?= .venv-megatron-training
 WHEEL_PYTHON ?= $(shell .ci/python 3.12)
 WHEEL_MEGATRON ?= megatron-core==0.19.2
-WHEEL_TESTS ?= tests/loss tests/hooks tests/testing
+WHEEL_TESTS ?= tests/loss tests/hooks tests/testing tests/launch/test_validated_recipes.py
 $(WHEEL_VENV)/.done: pyproject.toml
 	test -x $(WHEEL_VENV)/bin/python || $(WHEEL_PYTHON) -m venv $(WHEEL_VENV)
 	$(WHEEL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$(WHEEL_MEGATRON)" \

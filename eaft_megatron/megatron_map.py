@@ -227,6 +227,7 @@ SYMBOLS: dict[str, Symbol] = {
         is_last_rank=(),
         pretrain=("forward_step_func", "train_valid_test_dataset_provider"),
         print_rank_last=(),
+        save_checkpoint=(),
         setup_model_and_optimizer=(),
         train_step=(),
     ),

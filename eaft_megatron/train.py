@@ -20,10 +20,11 @@ import warnings
 import torch
 import torch.distributed as dist
 
+from eaft_megatron.checkpoint_files import drop_old
 from eaft_megatron.data.samples import PreparedDataset
 from eaft_megatron.hooks import install, settings_from_args, uninstall, wrap_forward_step
 from eaft_megatron.models import read_hf_config, save_hf_weights, transformer_config
-from eaft_megatron.ranks import gather, world_of_one
+from eaft_megatron.ranks import gather, on_rank_0, world_of_one
 from eaft_megatron.training.arguments import parse_arguments
 from eaft_megatron.training.checkpoint import latest_iteration, load_checkpoint, save_checkpoint
 from eaft_megatron.training.datasets import read_datasets
@@ -160,6 +161,8 @@ def _train(args, trainer: Trainer, datasets, device, log: RunLog, step, stopping
         if args.save and (reason or iteration == last or args.save_interval and iteration % args.save_interval == 0):
             save_checkpoint(trainer, args, iteration, consumed)
             saved = iteration
+            if args.save_keep_last is not None:
+                on_rank_0(lambda: drop_old(args.save, args.save_keep_last))
         if reason:
             log.say(f"stopped after iteration {iteration} of {args.train_iters}: {reason}")
             last = iteration

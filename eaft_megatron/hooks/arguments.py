@@ -30,6 +30,10 @@ def add_eaft_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="thd: packed sequences with --sft and Transformer Engine; mask: an attention mask, for the local "
         "implementation; none: one row a sample (default: auto, and never attention across rows)",
     )
+    saves = parser.add_argument_group("checkpoints", "beside the script's own flags")
+    saves.add_argument(
+        "--save-keep-last", type=int, default=None, metavar="N", help="keep the newest N checkpoints (default: all)"
+    )
     return parser
 
 

@@ -23,6 +23,7 @@ from eaft_megatron.hooks.metrics import wrap_forward_step
 from eaft_megatron.hooks.refusals import refuse_unsupported, turns_off_nan_check, uneven_averages
 from eaft_megatron.hooks.reporting import watch_training
 from eaft_megatron.hooks.resumption import carry_record, guard_resumption, true_vocab_size
+from eaft_megatron.hooks.retention import keep_last_checkpoints
 from eaft_megatron.hooks.settings import LossSettings
 from eaft_megatron.hooks.side_columns import rebind_get_batch
 from eaft_megatron.loss.gate import Gate
@@ -67,6 +68,7 @@ def attach(
     check_hybrid(args)
     guard_resumption()
     carry_record(args)
+    keep_last_checkpoints(args)
     if settings.loss_type == "sft" and gate is None:
         if settings.linear_chunk is not None:
             raise ValueError("--eaft-linear-chunk: --loss-type sft is Megatron's own loss, of whole logits: remove it")

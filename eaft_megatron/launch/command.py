@@ -18,6 +18,7 @@ from eaft_megatron.models.pretrain_flags import pretrain_flags
 
 PLACEHOLDER = "UNKNOWN"
 """Stands in a dry run's command for what only files that are not there could tell."""
+_KEEP_LAST = 3  # of a 32B model one takes 459 GB
 _ALIKE = ("--padded-vocab-size", "--transformer-impl", "--spec")  # follow from TP and the implementation
 
 
@@ -98,6 +99,10 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("data.jsonl is for entrypoint train: run `eaft-megatron prepare`, and name data.sft_data")
     elif recipe.checkpoint.export_hf:
         raise ValueError("checkpoint.export_hf is for entrypoint train: use `eaft-megatron convert to-hf` afterwards")
+    if recipe.checkpoint.keep_last is not None and recipe.checkpoint.keep_last < 1:
+        raise ValueError(f"checkpoint.keep_last must be >= 1, got {recipe.checkpoint.keep_last}")
+    if recipe.checkpoint.keep_last is not None and recipe.checkpoint.keep_every is not None:
+        raise ValueError("checkpoint.keep_last and checkpoint.keep_every: give one of them")
     if recipe.data.sft_data and recipe.data.jsonl:
         raise ValueError("data.sft_data and data.jsonl: give one of them")
     loss_settings(recipe)
@@ -224,6 +229,8 @@ def _common_flags(recipe: Recipe, train_iters: str) -> list[str]:
         *("--save-interval", recipe.checkpoint.save_interval, "--exit-signal-handler"),
         *("--log-interval", recipe.log.interval, "--tensorboard-dir", folder / "tensorboard"),
     ]
+    if recipe.checkpoint.keep_every is None:
+        flags += ["--save-keep-last", recipe.checkpoint.keep_last or _KEEP_LAST]
     if recipe.data.sft_data:
         flags += ["--sft-data", Path(recipe.data.sft_data).absolute()]
     return list(map(str, flags))
@@ -263,12 +270,21 @@ def _gpt_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str
         # Packed samples: attention stays within each row of a pack.
         flags += ["--sft", "--no-create-attention-mask-in-dataloader"]
     if recipe.checkpoint.async_save:
-        flags += ["--async-save"]
+        # Without the persistent worker Megatron switches async saving off again, in a line of its log.
+        flags += ["--async-save", "--use-persistent-ckpt-worker"]
+        if _knows(recipe, "async_strategy"):  # 0.17 on: its default needs nvidia-resiliency-ext
+            flags += ["--async-strategy", "mcore"]
     if recipe.checkpoint.keep_every:
         flags += ["--save-retain-interval", str(recipe.checkpoint.keep_every)]
     for name, folder in recipe.data.eval.items():
         flags += ["--sft-eval-data", f"{name}={Path(folder).absolute()}"]
     return flags + _loss_flags(recipe, true_vocab_size)
+
+
+def _knows(recipe: Recipe, flag: str) -> bool:
+    """Whether the Megatron-LM checkout has a flag of this name; False where there is no checkout."""
+    folder = Path(recipe.megatron_lm or os.environ.get("MEGATRON_LM_PATH") or PLACEHOLDER) / "megatron" / "training"
+    return any(flag in path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py")))
 
 
 def _train_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str]:

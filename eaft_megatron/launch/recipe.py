@@ -90,11 +90,20 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """``keep_every``: of the older checkpoints keep those of every Nth iteration only (Megatron-LM 0.14 on)."""
+    """When to save and what to keep.
+
+    Attributes:
+        save_interval: in iterations.
+        keep_last: how many of the newest to keep; None: 3, or all where ``keep_every`` is given.
+        keep_every: keep the newest, and those of every Nth iteration (Megatron-LM 0.14 on); in place of ``keep_last``.
+        async_save: write in the background (Megatron-LM's persistent worker; not tried on a GPU by us).
+        export_hf: write a Hugging Face folder at the end (train).
+    """
 
     save_interval: int = 100
+    keep_last: int | None = None
     keep_every: int | None = None
-    async_save: bool = True
+    async_save: bool = False
     export_hf: bool = False
 
 

@@ -143,6 +143,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
         raise ValueError(f"--lr must be > 0 and --min-lr in [0, lr], got {args.lr} and {args.min_lr}")
     if not 0 <= args.lr_warmup_fraction < 1:
         raise ValueError(f"--lr-warmup-fraction must lie in [0, 1), got {args.lr_warmup_fraction}")
+    if args.save_keep_last is not None and (args.save_keep_last < 1 or not args.save):
+        raise ValueError(f"--save-keep-last takes a number >= 1, and --save, got {args.save_keep_last}")
     if args.save_interval and not args.save:
         raise ValueError("--save-interval without --save: say where the checkpoints go")
     if args.exit_interval and not args.save:

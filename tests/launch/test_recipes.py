@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from eaft_megatron.launch.command import build_command, data_parallel_size
+from eaft_megatron.launch.command import build_command
 from eaft_megatron.launch.recipe import read_recipe
 from eaft_megatron.launch.script import render
 
@@ -113,32 +111,3 @@ def test_shellcheck(tmp_path):
         scripts[-1].write_text(render(recipe, build_command(recipe)))
     done = subprocess.run([SHELLCHECK, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not CLONE, reason="MEGATRON_LM_PATH does not name a clone of NVIDIA/Megatron-LM")
-@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Megatron-LM's training loop imports triton")
-def test_megatron_lm_understands_the_flags(tmp_path):
-    """Megatron-LM's own parser, of its newest tag, and its checks of the flags against each other."""
-    from tests.hooks.megatron_script import checkout, environment
-
-    script = checkout(CLONE, TAG, tmp_path)
-    jobs = []
-    for path in RECIPES:
-        recipe = read_recipe(path, ["optimization.train_iters=100"])
-        argv = build_command(recipe).argv
-        world = recipe.parallel.nodes * recipe.parallel.processes_per_node
-        jobs.append([recipe.name, world, data_parallel_size(recipe), argv[argv.index("-m") + 3 :]])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.launch.parse_flags"],
-        # Ours before Megatron-LM's: both have a package named tests.
-        env=environment(script) | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(script.parent)])},
-        input=json.dumps(jobs),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert [line for line in done.stdout.splitlines() if line.startswith("parsed ")] == [
-        f"parsed {job[0]}" for job in jobs
-    ]
