@@ -55,8 +55,20 @@ def run(args: argparse.Namespace) -> int:
         environment = {**os.environ, **settings(recipe, command)}
         return subprocess.run([str(folder / LOCAL_SCRIPT), *command.argv], env=environment).returncode
     for _ in range(args.chain):
-        done = subprocess.run(["sbatch", "--parsable", str(folder / SCRIPT)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["sbatch", "--parsable", str(folder / SCRIPT)], env=_submission(), capture_output=True, text=True
+        )
         if done.returncode != 0:
             raise ValueError(f"sbatch {folder / SCRIPT}: {done.stderr.strip()}")
         print(f"job {done.stdout.strip()}: log in {folder}/logs/{done.stdout.strip().split(';')[0]}.out")
     return 0
+
+
+def _submission() -> dict[str, str]:
+    """The environment without what Slurm's own variables would change: those of a job that this shell is part of."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not name.startswith(("SBATCH_", "SLURM_", "SLURMD_", "SRUN_"))
+    }

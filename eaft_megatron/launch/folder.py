@@ -12,7 +12,7 @@ from eaft_megatron.files import write_text
 from eaft_megatron.installed import versions
 from eaft_megatron.launch.command import Command, run_folder
 from eaft_megatron.launch.recipe import Recipe, read_recipe, to_dict
-from eaft_megatron.launch.script import TEMPLATES, render, shell_line
+from eaft_megatron.launch.script import SNAPSHOTS, TEMPLATES, recipe_text, render, shell_line, snapshot_name
 
 RECIPE = "recipe.yaml"
 SCRIPT = "sft.sbatch"
@@ -53,24 +53,26 @@ def write_run_folder(recipe: Recipe, command: Command) -> Path:
     Raises:
         ValueError: something the run needs is not there, or the folder belongs to another recipe.
     """
-    import yaml
-
     if command.missing:
         raise ValueError("\n  ".join(["not launched; what is missing:", *command.missing]))
     folder = run_folder(recipe)
     if (folder / RECIPE).exists():
         _refuse_another(read_recipe(folder / RECIPE), recipe, folder)
-    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for name in ("logs", SNAPSHOTS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     files = {
-        RECIPE: yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True),
+        RECIPE: recipe_text(recipe),
+        snapshot_name(recipe): recipe_text(recipe),
         SCRIPT: render(recipe, command),
         LOCAL_SCRIPT: (TEMPLATES / LOCAL_SCRIPT).read_text(encoding="utf-8"),
         "command.txt": shell_line(command.argv) + "\n",
         "versions.txt": "\n".join(_versions(recipe)) + "\n",
         "environment.txt": "\n".join(_environment()) + "\n",
     }
+    secret = (RECIPE, SCRIPT, snapshot_name(recipe)) if recipe.environment else ()  # it may hold a token
     for name, text in files.items():
-        write_text(folder / name, text, mode=0o755 if name in (SCRIPT, LOCAL_SCRIPT) else 0o644)
+        mode = 0o755 if name in (SCRIPT, LOCAL_SCRIPT) else 0o644
+        write_text(folder / name, text, mode=mode & 0o700 if name in secret else mode)
     return folder
 
 

@@ -122,7 +122,9 @@ class Slurm:
 
     Attributes:
         time: the limit, in any of Slurm's forms (minutes, HH:MM:SS, D-HH, ...), longer than ``save_seconds``.
+        mounts: FROM[:TO],... of the container; by default the runs and all folders that the recipe names.
         options: further #SBATCH lines, as they stand after the word.
+        srun_options: further options of srun, one word each.
     """
 
     time: str = "24:00:00"
@@ -143,6 +145,7 @@ class Slurm:
     image: str | None = None
     mounts: str | None = None
     options: list[str] = dataclasses.field(default_factory=list)
+    srun_options: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -204,7 +204,16 @@ def test_the_run_folder_holds_everything_and_belongs_to_one_recipe(recipe, tmp_p
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "pretrain_gpt.py").touch()
     folder = write_run_folder(first, build_command(first))
-    names = {"recipe.yaml", "sft.sbatch", "local.sh", "command.txt", "versions.txt", "environment.txt", "logs"}
+    names = {
+        "recipe.yaml",
+        "recipes",
+        "sft.sbatch",
+        "local.sh",
+        "command.txt",
+        "versions.txt",
+        "environment.txt",
+        "logs",
+    }
     assert {path.name for path in folder.iterdir()} == names
     assert read_recipe(folder / "recipe.yaml") == first
     assert "eaft_megatron commit " in (folder / "versions.txt").read_text()

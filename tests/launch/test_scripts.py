@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -12,9 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from eaft_megatron.commands.launch import _submission
 from eaft_megatron.launch.command import build_command
+from eaft_megatron.launch.folder import write_run_folder
 from eaft_megatron.launch.recipe import read_recipe
-from eaft_megatron.launch.script import TEMPLATES, render
+from eaft_megatron.launch.script import TEMPLATES, render, sbatch_options, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 LISTENING = """
@@ -118,7 +123,7 @@ def test_the_exit_code_survives_signals(tmp_path):
     (sleep 0.5; kill -USR1 $$; sleep 0.2; kill -TERM $$; sleep 0.2; kill -USR1 $$) &
     code=0; on_nodes '' x || code=$?; echo "code $code after $signals signals"
     """
-    variables = {"SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_ON_NODE": "1", "EAFT_START": "1-0", "logs": str(tmp_path)}
+    variables = {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_CPUS_PER_NODE": "1", "EAFT_START": "1-0", "logs": str(tmp_path)}
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = _bash(code, PATH=path, EAFT_RUN_DIR=str(tmp_path), **variables)
     assert done.stdout == "code 7 after 3 signals\n", done.stderr
@@ -170,3 +175,56 @@ def test_local_sh_gives_the_exit_code_and_saves_on_interrupt(tmp_path):
     began = time.monotonic()
     running.wait(30)
     assert "SIGTERM heard" in lines and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(("given", "expected"), [("8", "8"), ("8(x3),4", "4"), ("6,16(x20)", "6"), ("128(x2)", "128")])
+def test_cores_are_those_of_the_smallest_node(given, expected):
+    """Slurm's own spelling of cores per node."""
+    done = _bash(f"fewest_cores '{given}'", EAFT_RUN_DIR="runs")
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_submission_is_not_changed_by_slurms_variables_of_this_shell(monkeypatch):
+    """What a job around `launch` exports would override the script's options; where Slurm is stays known."""
+    for name in ("SBATCH_EXPORT", "SBATCH_TIMELIMIT", "SLURM_CPUS_PER_TASK", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm/slurm.conf")
+    kept = _submission()
+    assert [name for name in kept if name.startswith(("SBATCH_", "SLURM_", "SRUN_"))] == ["SLURM_CONF"]
+    assert kept["PATH"] == os.environ["PATH"]
+
+
+def test_a_job_keeps_its_recipe_when_another_is_launched_there(recipe, tmp_path):
+    """The script names a recipe by its content; a second launch writes another and leaves the first."""
+    scripts = []
+    for nodes in (1, 2):
+        read = read_recipe(recipe, [f"parallel.nodes={nodes}", "environment.TOKEN=secret"])
+        folder = write_run_folder(read, dataclasses.replace(build_command(read), missing=[]))
+        scripts.append((folder / "sft.sbatch").read_text())
+    assert stat.S_IMODE((folder / "sft.sbatch").stat().st_mode) == 0o700
+    named = [re.search(r"EAFT_RECIPE=(\S+)", text)[1] for text in scripts]
+    assert [read_recipe(path).parallel.nodes for path in named] == [1, 2]
+    assert {stat.S_IMODE(Path(path).stat().st_mode) for path in [*named, folder / "recipe.yaml"]} == {0o600}
+
+
+def test_a_container_sees_all_that_the_recipe_names(recipe):
+    """Mounts by default; srun's own options reach the script."""
+    given = [
+        "slurm.container=pyxis",
+        "slurm.image=i.sqsh",
+        "slurm.srun_options=[--mpi=pmix, --no-container-entrypoint]",
+    ]
+    read = read_recipe(recipe, [*given, "model.hf=/models/a", "data.jsonl=/data/chat.jsonl", "run_dir=/scratch/runs"])
+    values = settings(read, build_command(read))
+    assert values["EAFT_CONTAINER_MOUNTS"] == "/data/chat.jsonl,/models/a,/scratch/runs"
+    assert values["EAFT_SRUN_OPTIONS"] == "--mpi=pmix --no-container-entrypoint"
+    with pytest.raises(ValueError, match="srun_options.*holds a blank"):
+        settings(
+            dataclasses.replace(read, slurm=dataclasses.replace(read.slurm, srun_options=["--a b"])),
+            build_command(read),
+        )
+
+
+def test_a_name_that_slurm_would_cut_is_refused(recipe):
+    with pytest.raises(ValueError, match="name: 'my run'"):
+        sbatch_options(read_recipe(recipe, ["name=my run"]))

@@ -50,7 +50,7 @@ MessageTimeout=5
 KillWait=10
 BatchStartTimeout=15
 SchedulerParameters=bf_interval=2,sched_interval=2
-NodeName=DEFAULT CPUs={cpus} RealMemory=100000 State=UNKNOWN
+NodeName=DEFAULT RealMemory=100000 State=UNKNOWN
 {addresses}
 # A job of "urgent" preempts those of "main", which have half a minute to save; then they are requeued.
 PreemptType=preempt/partition_prio
@@ -78,11 +78,12 @@ class Cluster:
     Args:
         nodes: how many; they are named node1, node2, ...
         cpus: what each of them claims to have.
+        last_cpus: what the last one claims, where that is another number.
     """
 
-    def __init__(self, nodes: int = 2, cpus: int = 8) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 8, last_cpus: int | None = None) -> None:
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
-        self.cpus = cpus
+        self.cpus = dict.fromkeys(self.nodes, cpus) | {self.nodes[-1]: last_cpus or cpus}
         self._space = f"eaft{os.getpid()}"  # what the network namespaces are called
         self._alive: dict[str, subprocess.Popen] = {}
 
@@ -184,8 +185,9 @@ class Cluster:
         conf = _CONF.format(
             root=self.root,
             network=_NETWORK,
-            cpus=self.cpus,
-            addresses="\n".join(f"NodeName={node} NodeAddr={addresses[node]}" for node in self.nodes),
+            addresses="\n".join(
+                f"NodeName={node} NodeAddr={addresses[node]} CPUs={self.cpus[node]}" for node in self.nodes
+            ),
         )
         (self.root / "slurm.conf").write_text(conf)
         version = re.search(r"(\d+)\.(\d+)", subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout)

@@ -45,7 +45,7 @@ def cluster():
     """Three nodes, one of them a spare; where there can be none, that is a failure, since they were asked for."""
     if reason := unavailable():
         pytest.fail(reason)
-    with Cluster(nodes=3) as running:
+    with Cluster(nodes=3, cpus=8, last_cpus=6) as running:
         yield running
 
 
@@ -193,3 +193,59 @@ def test_a_failing_rank_ends_the_job_everywhere(cluster, folder):
         assert f"{node}: task" in log, log  # srun's word on how the task of each node ended
         assert (run / "logs" / f"{job}-0.{node}.log").exists()
     cluster.wait_for_idle(30)
+
+
+def _submit_program(cluster: Cluster, run: Path, *options: str, inherited: dict[str, str], **exported: str) -> str:
+    """The generic script, its settings written into it as `launch` does; returns the job's number."""
+    run.mkdir(exist_ok=True)
+    template = (Path(__file__).parents[2] / "launch" / "slurm" / "sft.sbatch").read_text()
+    head, _, rest = template.partition("# >>> settings\n")
+    values = {
+        "EAFT_RUN_DIR": str(run),
+        "EAFT_PYTHON": sys.executable,
+        "EAFT_PROCESSES": "1",
+        "PATH": os.environ["PATH"],
+    }
+    values |= {"OMP_NUM_THREADS": "1", "EAFT_MARK": "reached", **exported}
+    lines = "".join(f"export {name}='{value}'\n" for name, value in values.items())
+    script = run / "sft.sbatch"
+    script.write_text(head + lines + rest.partition("# <<< settings\n")[2])
+    fixed = ["--parsable", "--gpus-per-node=0", "--no-requeue", f"--output={run}/%j.out"]
+    program = str(Path(__file__).with_name("show_step.py"))
+    return cluster.run("sbatch", *fixed, *options, str(script), program, env=inherited).strip()
+
+
+def test_the_step_gets_the_environment_and_the_cores_of_the_smallest_node(cluster, folder):
+    """Three nodes, one of them smaller; --export=NONE, one core and a named address of the head: each rank sees what
+    the script set and 6 cores."""
+    cluster.power_on("node2")
+    cluster.wait_for_idle(60)
+    run = folder / "step"
+    options = ["--nodes=3", "--export=NONE"]
+    head = {"EAFT_HEAD": cluster.addresses["node1"]}
+    job = _submit_program(cluster, run, *options, inherited={"SLURM_CPUS_PER_TASK": "1"}, **head)
+    ended = cluster.wait_for(job, {"COMPLETED", "FAILED"}, 120)
+    assert ended["JobState"] == "COMPLETED", (run / f"{job}.out").read_text()
+    said = "".join(log.read_text() for log in (run / "logs").glob("*.log"))
+    assert said.count("cores 6 mark reached") == 3, said
+    assert not (run / ".job").exists()
+
+
+def test_of_two_jobs_in_one_folder_one_trains(cluster, folder):
+    """An array starts two at once: one trains, the other says whose folder it is. A lock left by a job that has ended
+    is taken over."""
+    cluster.wait_for_idle(60)
+    run = folder / "array"
+    run.mkdir()
+    (run / ".job").write_text("1\n")
+    array = _submit_program(
+        cluster, run, "--nodes=1", "--array=1-2", f"--output={run}/%a.out", inherited={}, EAFT_SLEEP="15"
+    )
+    states = []
+    for task in ("1", "2"):
+        states.append(cluster.wait_for(f"{array}_{task}", {"COMPLETED", "FAILED"}, 120)["JobState"])
+    said = [(run / f"{task}.out").read_text() for task in ("1", "2")]
+    assert sorted(states) == ["COMPLETED", "FAILED"], said
+    refused = said[states.index("FAILED")]
+    assert f"is training in {run}" in refused and "--array=1-N%1" in refused
+    assert len(list((run / "logs").glob("*.log"))) == 1
