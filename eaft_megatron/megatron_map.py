@@ -146,6 +146,8 @@ SYMBOLS: dict[str, Symbol] = {
     "HybridModel.forward": Symbol(
         "megatron.core.models.hybrid.hybrid_model", "HybridModel.forward", _LOSS_ARGUMENTS, since=(0, 18)
     ),
+    "hybrid_stack_spec": Symbol("megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", since=(0, 18)),
+    "MLPLayer": Symbol("megatron.core.ssm.mlp_layer", "MLPLayer"),
     "DotProductAttention": Symbol("megatron.core.transformer.dot_product_attention", "DotProductAttention"),
     "ColumnParallelLinear": Symbol("megatron.core.tensor_parallel", "ColumnParallelLinear"),
     "ColumnParallelLinear.forward": Symbol(

@@ -18,6 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="transformer_engine",
         help="which implementation the printed flags ask for; the weights fit both",
     )
+    forth.add_argument(
+        "--pipeline-model-parallel-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="stages that the printed pattern for pretrain_hybrid.py marks (default: 1)",
+    )
     back = directions.add_parser("to-hf", help="write what transformers loads with from_pretrained")
     back.add_argument("megatron_dir", help="what to-megatron wrote, a training run's --save folder, or an iter_NNNNNNN")
     back.add_argument("hf_dir", help="the folder to write")
@@ -43,5 +50,21 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("flags for pretrain_gpt.py:")
         print(shlex.join(["--load", args.megatron_dir, "--finetune", *record["pretrain_gpt_flags"]]))
+        _print_hybrid_flags(args)
         print(f"and with eaft_megatron.run: --true-vocab-size {record['true_vocab_size']}")
     return 0
+
+
+def _print_hybrid_flags(args: argparse.Namespace) -> None:
+    """HybridModel loads the same checkpoint; what it cannot build is said."""
+    from eaft_megatron.models.hf_config import read_hf_config
+    from eaft_megatron.models.pretrain_flags import pretrain_hybrid_flags
+
+    stages = args.pipeline_model_parallel_size
+    try:
+        flags = pretrain_hybrid_flags(read_hf_config(args.hf_dir), pipeline_model_parallel_size=stages)
+    except ValueError as error:
+        print(f"pretrain_hybrid.py cannot build this model: {error}")
+        return
+    print("or for pretrain_hybrid.py (Megatron-LM 0.19 on), from the same checkpoint:")
+    print(shlex.join(["--load", args.megatron_dir, "--finetune", *flags]))

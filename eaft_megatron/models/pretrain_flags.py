@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from eaft_megatron.megatron_map import SYMBOLS
 from eaft_megatron.models.config_fields import is_tied
 from eaft_megatron.models.hf_config import architecture_of
+from eaft_megatron.models.hybrid_names import layer_pattern
 from eaft_megatron.models.megatron_config import padded_vocab_size
 
 _VALUES = {
@@ -75,6 +77,27 @@ def pretrain_flags(
     if architecture.sandwich_norms:
         flags += ["--spec", "eaft_megatron.models.glm4_spec", _SPEC_NAMES[transformer_impl]]
     return flags
+
+
+def pretrain_hybrid_flags(hf_config: dict, *, pipeline_model_parallel_size: int = 1, **options: Any) -> list[str]:
+    """Flags of pretrain_hybrid.py (Megatron-LM 0.19 on), which loads the same checkpoint; options: `pretrain_flags`'s.
+
+    One symbol of the pattern a layer, ``*-`` for a block, ``|`` where a pipeline stage ends.
+
+    Raises:
+        ValueError: as `pretrain_flags`; rotary scaling, which HybridModel ignores; fewer blocks than stages.
+    """
+    flags = pretrain_flags(hf_config, transformer_impl="transformer_engine", **options)
+    if "--use-rope-scaling" in flags:
+        raise ValueError("config.json: rotary scaling: HybridModel ignores --use-rope-scaling; use pretrain_gpt.py")
+    depth = flags.index("--num-layers")
+    pattern = layer_pattern(int(flags[depth + 1]), pipeline_model_parallel_size)
+    flags[depth : depth + 2] = ["--hybrid-layer-pattern", pattern]
+    if "--spec" in flags:
+        del flags[flags.index("--spec") :]
+        return [*flags, "--spec", "eaft_megatron.models.glm4_hybrid_spec", "GLM4_HYBRID_STACK_SPEC"]
+    stack = SYMBOLS["hybrid_stack_spec"]
+    return [*flags, "--spec", stack.module, stack.name]
 
 
 def _rotary_flags(model_fields: dict[str, Any]) -> list[str]:

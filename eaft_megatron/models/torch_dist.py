@@ -40,6 +40,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from eaft_megatron.models.hybrid_names import gpt_names
+
 # What megatron.core.dist_checkpointing.core writes into metadata.json.
 _FORMAT = {
     "sharded_backend": "torch_dist",
@@ -140,7 +142,7 @@ class _LazyPlanner(SavePlanner):
 class CheckpointReader:
     """The tensors of one checkpoint (a folder with `.metadata`), read when asked for.
 
-    tensors: key -> size ([layers, ...] where stacked), properties (dtype), chunks.
+    tensors: key -> size ([layers, ...] where stacked), properties (dtype), chunks; a HybridModel has GPTModel's keys.
 
     Raises:
         ValueError: no such checkpoint, or a damaged one.
@@ -157,7 +159,9 @@ class CheckpointReader:
             raise ValueError(f"{folder / '.metadata'} cannot be read: {error!r}") from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata
-        self.tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+        tensors = {key: value for key, value in stored.items() if isinstance(value, TensorStorageMetadata)}
+        self._stored = gpt_names(tensors)
+        self.tensors = {name: tensors[key] for name, key in self._stored.items()}
 
     def read(self, key: str, layer: int | None = None) -> Tensor:
         """The whole tensor, or one layer of a stack without the stack's dimension; put together from its chunks."""
@@ -167,7 +171,7 @@ class CheckpointReader:
         if layer is not None:
             offsets[0], sizes = layer, [1, *size[1:]]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        items = create_read_items_for_chunk_list(self._stored[key], stored, [wanted])
         target = torch.empty(sizes, dtype=stored.properties.dtype)
         if sum(math.prod(item.lengths) for item in items) != target.numel():
             raise ValueError(f"{self.folder}: the stored chunks do not make up the whole of {key}")

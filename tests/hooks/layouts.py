@@ -90,6 +90,9 @@ LAYOUTS: dict[str, Layout] = {
     "THD, TP 2 x CP 2 x PP 2": _thd(ranks=8, tp=2, cp=2, pp=2, slow=True),
     "THD, DP 2, distributed optimizer": _thd(DISTRIBUTED_OPTIMIZER, ranks=2, since=17),
     "THD, two packs in a micro-batch": _thd(("--micro-batch-size", "2"), since=19),
+    "THD, CP 2, two packs in a micro-batch, sft-kl": _thd(
+        ("--micro-batch-size", "2"), ranks=2, cp=2, loss=_KL, since=19
+    ),
     "THD, full recompute": _thd(_RECOMPUTE, since=17, slow=True),
     "THD, CP 2, linear chunks": _thd(CHUNKS, ranks=2, cp=2, slow=True),
     "THD, TP 2 x CP 2, linear chunks": _thd(CHUNKS, ranks=4, tp=2, cp=2, slow=True),

@@ -24,7 +24,7 @@ import torch
 
 from tests.hooks import layouts
 from tests.hooks.layouts import BASE, BLOCKS, FAMILIES, HYBRID_SPEC, LAYOUTS, LOCAL, ROWS, Layout
-from tests.hooks.megatron_jobs import Jobs, Result
+from tests.hooks.megatron_jobs import JobFailed, Jobs, Result
 from tests.hooks.megatron_script import checkout
 
 pytest.importorskip("datasets")
@@ -155,6 +155,31 @@ def test_a_layout_is_one_process(release, seen, layout, request):
     assert max(differences.values()) <= RELATIVE, f"{differences}, {actual}, {expected}"
 
 
+def test_packs_of_a_hybrid_model_are_not_masked(release):
+    """Its attention is Transformer Engine's whatever --transformer-impl says, and would look across the rows."""
+    if release.minor < 19:
+        pytest.skip("HybridModel is tested from 0.19 on")
+    for packing, message in (("auto", "needs --sft"), ("mask", "no HybridModel")):
+        with pytest.raises(JobFailed, match=message):
+            release.step([*LOCAL, *layouts.EAFT, "--sft-packing", packing], hybrid="*-*-*-*-")
+
+
+def test_a_spec_that_says_otherwise_is_seen_in_the_model(release):
+    """--transformer-impl local with Transformer Engine's layers: refused once the model is there."""
+    spec = ["--spec", "eaft_megatron.models.glm4_spec", "GLM4_LAYER_SPEC_TE"]
+    with pytest.raises(JobFailed, match="which ignores the mask"):
+        release.run([*LOCAL, *spec, *layouts.EAFT, *release.data, "--train-iters", "1"])
+
+
+def test_skipped_iterations_take_their_batches(release):
+    """--iterations-to-skip: the second step's loss is that of the second batch from the weights that were loaded."""
+    flags = [*LOCAL, *layouts.LAYOUTS["THD, CP 2, sft-kl"].loss, "--lr", "1e-12", "--train-iters", "2"]
+    start = [*release.checkpoint("dense"), *release.data]
+    expected = release.run([*start, *flags]).steps[1]
+    skipped = release.run([*start, *flags, "--iterations-to-skip", "1"]).steps
+    assert skipped[-1]["eaft loss"] == pytest.approx(expected["eaft loss"], rel=RELATIVE)
+
+
 @pytest.mark.slow
 def test_expert_communication_overlapped(release):
     """Megatron's schedule plans call the model's parts themselves (bf16 only): the numbers without the overlap."""
@@ -186,3 +211,55 @@ def write_table(folder: Path, release: str, differences: dict[str, float]) -> No
         cells = [f"{column[name]:.0e}" if name in column else "" for column in columns.values()]
         lines.append(f"| {name} | " + " | ".join(re.sub(r"^0e\+00$", "0", cell) for cell in cells) + " |")
     (folder / "layouts.md").write_text("\n".join(lines) + "\n")
+
+
+MODELS = {"llama": "LlamaForCausalLM", "glm4": "Glm4ForCausalLM"}
+
+
+def _tiny(family: str, folder: Path) -> Path:
+    """A random model of the data's vocabulary, its weights large enough that EAFT's are not 1."""
+    import transformers
+
+    options = dict(vocab_size=layouts.VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=BLOCKS)
+    options |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+    options |= dict(initializer_range=0.2, tie_word_embeddings=False, pad_token_id=None)
+    config = {"llama": transformers.LlamaConfig, "glm4": transformers.Glm4Config}[family](**options)
+    torch.manual_seed(0)
+    getattr(transformers, MODELS[family])(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_converted_model_as_a_hybrid_one(release, family, tmp_path):
+    """From one converted checkpoint: GPTModel's numbers, at TP 2 and PP 2 too; saved and back, the same tensors."""
+    from eaft_megatron.models.convert import convert_to_hf, convert_to_megatron
+    from eaft_megatron.models.hf_config import read_hf_config
+    from eaft_megatron.models.pretrain_flags import pretrain_flags, pretrain_hybrid_flags
+
+    if release.minor < 19:
+        pytest.skip("HybridModel is tested from 0.19 on")
+    source = _tiny(family, tmp_path / "hf")
+    convert_to_megatron(source, tmp_path / "megatron")
+    config = read_hf_config(source)
+    start = [*BASE, *release.data, "--load", str(tmp_path / "megatron"), "--finetune", "--train-iters", "1"]
+    start += ["--no-load-optim", "--no-load-rng", *layouts.EAFT]
+
+    def step(script: str, flags: list[str], *more: str, **sizes) -> dict[str, float]:
+        return release.jobs.run(script, [*start, *flags, *BASE, *more], **sizes).steps[0]
+
+    gpt, hybrid = release.script(False), release.script(True)
+    expected = step(gpt, pretrain_flags(config, transformer_impl="local"))
+    flags = pretrain_hybrid_flags(config)
+    save = ["--save", str(tmp_path / "run"), "--save-interval", "1", "--lr", "0", "--min-lr", "0"]
+    actual = {"one": step(hybrid, flags, *layouts.THD, *save)}
+    actual["tp2"] = step(hybrid, flags, *layouts.THD, *layouts.SEQUENCE_PARALLEL, ranks=2, tp=2)
+    staged = pretrain_hybrid_flags(config, pipeline_model_parallel_size=2)
+    actual["pp2"] = step(hybrid, staged, *layouts.THD, ranks=2, pp=2)
+    for layout, numbers in actual.items():
+        for name in NUMBERS:
+            assert numbers[name] == pytest.approx(expected[name], rel=RELATIVE), (layout, name)
+    convert_to_hf(tmp_path / "run", tmp_path / "back", hf_config_dir=source)
+    from safetensors.torch import load_file
+
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
