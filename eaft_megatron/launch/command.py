@@ -243,10 +243,16 @@ def _recompute_flags(recompute: str) -> list[str]:
     return ["--recompute-granularity", recompute, *full]
 
 
+def _evaluates(recipe: Recipe) -> bool:
+    """Whether there is a set to evaluate: one named, or one that `prepare --valid-fraction` set aside."""
+    from eaft_megatron.data.prepared import evaluation_folders
+
+    return bool(recipe.data.eval) or bool(recipe.data.sft_data and evaluation_folders(recipe.data.sft_data))
+
+
 def _gpt_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str]:
     model, true_vocab_size = _model_flags(recipe, missing)
     checkpoint = Path(recipe.model.checkpoint or PLACEHOLDER).absolute()
-    evaluates = bool(recipe.data.eval)
     flags = [
         *model,
         *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(checkpoint / HF_SUBFOLDER)),
@@ -257,7 +263,7 @@ def _gpt_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[str
         *(["--sequence-parallel"] if recipe.parallel.tensor > 1 else []),
         *("--calculate-per-token-loss", "--optimizer", "adam", "--ckpt-format", "torch_dist"),
         *("--eval-interval", str(recipe.log.eval_interval or train_iters)),
-        *("--eval-iters", str(recipe.log.eval_iters if evaluates else 0)),
+        *("--eval-iters", str(recipe.log.eval_iters if _evaluates(recipe) else 0)),
         *("--distributed-timeout-minutes", "30"),
     ]
     if recipe.memory.distributed_optimizer:
@@ -301,7 +307,7 @@ def _train_flags(recipe: Recipe, train_iters: str, missing: list[str]) -> list[s
         flags += ["--data", str(Path(recipe.data.jsonl).absolute())]
     for name, path in recipe.data.eval.items():
         flags += [flag, f"{name}={Path(path).absolute()}"]
-    if recipe.data.eval and recipe.log.eval_interval:
+    if recipe.log.eval_interval and _evaluates(recipe):
         flags += ["--eval-interval", str(recipe.log.eval_interval)]
     if recipe.checkpoint.export_hf:
         flags += ["--export-hf", str(folder / "hf")]

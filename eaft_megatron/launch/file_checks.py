@@ -79,14 +79,22 @@ def check_disk(recipe: Recipe) -> str:
     """Room for at least one more checkpoint."""
     folder = run_folder(recipe)
     free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-    needed = 0
-    index = hf_folder(recipe) / "model.safetensors.index.json"
-    if index.is_file():
-        # bf16 weights are 2 of the 14 bytes a parameter that a checkpoint with optimizer state takes.
-        needed = 7 * json.loads(index.read_text(encoding="utf-8")).get("metadata", {}).get("total_size", 0)
+    needed = _checkpoint_bytes(recipe)
     if free < needed:
         raise ValueError(f"{folder}: {free / 1e9:.0f} GB free, but one checkpoint takes about {needed / 1e9:.0f} GB")
-    return f"{free / 1e9:.0f} GB free in {folder}"
+    return f"{free / 1e9:.0f} GB free in {folder}; a checkpoint takes about {needed / 1e9:.1f} GB"
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Of one checkpoint with optimizer state: 14 bytes a parameter; the weights that training starts from tell them."""
+    folder, pattern = hf_folder(recipe), "*.safetensors"
+    if recipe.entrypoint != "train":
+        name = newest_checkpoint(folder.parent)
+        folder, pattern = folder.parent / (name or PLACEHOLDER), "*.distcp"
+    stored = sum(path.stat().st_size for path in folder.glob(pattern))
+    config = read_hf_config(hf_folder(recipe)) if stored else {}
+    wide = (config.get("dtype") or config.get("torch_dtype")) == "float32"
+    return stored * 14 // (4 if wide else 2)
 
 
 def _whole_hf_folder(folder: Path) -> None:

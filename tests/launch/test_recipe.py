@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from eaft_megatron.launch import file_checks
 from eaft_megatron.launch.command import build_command
 from eaft_megatron.launch.folder import resolved, write_run_folder
 from eaft_megatron.launch.recipe import read_recipe, to_dict
@@ -222,3 +225,30 @@ def test_the_run_folder_holds_everything_and_belongs_to_one_recipe(recipe, tmp_p
     other = read_recipe(folder / "recipe.yaml", ["optimization.lr=1e-4"])
     with pytest.raises(ValueError, match="optimization.lr was 1e-05, now 0.0001"):
         write_run_folder(other, build_command(other))
+
+
+def test_what_prepare_set_aside_is_evaluated(recipe, tmp_path, monkeypatch):
+    """Split by --valid-fraction, and no data.eval: Megatron-LM is asked to evaluate; without a split it is not."""
+    monkeypatch.setenv("MEGATRON_LM_PATH", str(tmp_path))
+    _convert(tmp_path / "checkpoint")
+    _prepare(tmp_path / "data" / "train")
+    argv = build_command(resolved(read_recipe(recipe, ["log.eval_iters=7", "data.eval={}"]))).argv
+    assert _value(argv, "--eval-iters") == "0"
+    _prepare(tmp_path / "data" / "valid")
+    argv = build_command(resolved(read_recipe(recipe, ["log.eval_iters=7", "data.eval={}"]))).argv
+    assert _value(argv, "--eval-iters") == "7"
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("bfloat16", 7), ("float32", 3.5)])
+def test_a_disk_too_small_for_one_checkpoint_is_refused(recipe, tmp_path, monkeypatch, dtype, expected):
+    """The size follows from the converted weights: 14 bytes a parameter, whatever type they have."""
+    _convert(tmp_path / "checkpoint", dtype=dtype)
+    (tmp_path / "checkpoint" / "release").mkdir()
+    (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("release")
+    (tmp_path / "checkpoint" / "release" / "__0_0.distcp").write_bytes(bytes(1000))
+    read = resolved(read_recipe(recipe))
+    needed = int(1000 * expected)
+    for free, refused in ((needed - 1, True), (needed, False)):
+        monkeypatch.setattr(file_checks.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(ValueError, match="one checkpoint takes about") if refused else contextlib.nullcontext():
+            file_checks.check_disk(read)
