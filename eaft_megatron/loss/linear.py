@@ -19,7 +19,7 @@ from eaft_megatron.loss.gates import EAFTGate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs
 from eaft_megatron.loss.linear_backward import PendingSums, WeightGradient, scatter_sequence_sum
 from eaft_megatron.loss.linear_inputs import LinearInputs, logits_like
-from eaft_megatron.loss.options import EAFTLinearOptions, LinearOptions, LossOptions
+from eaft_megatron.loss.options import EAFTLinearOptions, LinearOptions, LossOptions, refuse_options_of_other_gates
 from eaft_megatron.loss.passes import apply_gate, differentiable_once, loss_and_stats, start_statistics, write_gradient
 from eaft_megatron.loss.token_stats import TokenStats
 
@@ -100,6 +100,7 @@ def vocab_parallel_linear_eaft_loss(
         ValueError: shapes or dtypes that do not fit, a bad option, no ``main_grad`` where it is asked for, or a target
             outside the vocabulary (see ``validate``). Raised on every rank alike, before any collective.
     """
+    refuse_options_of_other_gates("vocab_parallel_linear_eaft_loss", options)
     gate = EAFTGate(alpha=alpha, entropy_norm=entropy_norm)
     return vocab_parallel_linear_token_loss(hidden, weight, target, gate, return_stats=return_stats, **options)
 

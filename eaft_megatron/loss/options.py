@@ -53,3 +53,13 @@ class EAFTLogitsOptions(LogitsOptions, _EAFTGate): ...
 
 
 class EAFTLinearOptions(LinearOptions, _EAFTGate): ...
+
+
+def refuse_options_of_other_gates(function: str, options: Mapping[str, object]) -> None:
+    """``TypeError`` for what EAFT's gate would not look at, as for any argument that a function does not have."""
+    for name in ("side", "sequence_ids", "reduce_group"):
+        if name in options:
+            raise TypeError(
+                f"{function}() got an unexpected keyword argument {name!r}: it is for the gates of "
+                f"{function.replace('eaft', 'token')}()"
+            )

@@ -11,7 +11,7 @@ from torch import Tensor
 from eaft_megatron.loss.gate import Gate
 from eaft_megatron.loss.gates import EAFTGate
 from eaft_megatron.loss.inputs import BoundGate, check_loss_inputs, make_plan
-from eaft_megatron.loss.options import EAFTLogitsOptions, LogitsOptions, LossOptions
+from eaft_megatron.loss.options import EAFTLogitsOptions, LogitsOptions, LossOptions, refuse_options_of_other_gates
 from eaft_megatron.loss.passes import (
     apply_gate,
     compute_entropy,
@@ -97,6 +97,7 @@ def vocab_parallel_eaft_loss(
         ValueError: wrong dtype or shape, topk < 1, vocab_size beyond what the shards hold, a bad option, or (see
             ``validate``) a target outside the vocabulary. Raised on every rank alike, before any collective.
     """
+    refuse_options_of_other_gates("vocab_parallel_eaft_loss", options)
     gate = EAFTGate(alpha=alpha, entropy_norm=entropy_norm)
     return vocab_parallel_token_loss(vocab_parallel_logits, target, gate, return_stats=return_stats, **options)
 

@@ -25,6 +25,15 @@ def test_return_stats_decides_the_type_of_the_result(name):
     assert told == {"Literal[False]": "Tensor", "Literal[True]": pair, "bool": f"Tensor | {pair}"}
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if "eaft" in name])
+def test_columns_of_other_gates_are_refused_by_eaft(name):
+    """EAFT's gate would not look at them; the function for any gate is named."""
+    logits, target = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)
+    arguments = (logits, target) if "linear" not in name else (torch.zeros(2, 3), torch.zeros(5, 3), target)
+    with pytest.raises(TypeError, match=f"'side': it is for the gates of {name.replace('eaft', 'token')}"):
+        getattr(eaft_megatron, name)(*arguments, side={"ref_logprob": torch.zeros(2)})
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_an_unknown_argument_is_refused(name):
     """Also those that travel in **options are looked at."""
