@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import Any
 
@@ -30,7 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     samples.add_argument(
         "--end-token",
         metavar="TOKEN",
-        help="ends a conversation whose template leaves its last answer open, as GLM-4's does: '<|user|>'",
+        help="ends answers behind which neither the template nor what it writes next has an end-of-turn token",
+    )
+    samples.add_argument("--chat-template", metavar="FILE", help="a template instead of the tokenizer's own")
+    samples.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="variables for the template, as '{\"enable_thinking\": false}'; a row's own come first",
+    )
+    samples.add_argument(
+        "--on-loss",
+        choices=["error", "keep", "drop-row"],
+        default="error",
+        help="rows of which the template leaves a text out: train on what is left, or leave them out (default: error)",
+    )
+    samples.add_argument(
+        "--empty-thinking",
+        choices=["error", "close"],
+        default="error",
+        help="answers without thinking where the prompt opens it: close it at once (default: error)",
     )
     samples.add_argument(
         "--overlong", choices=["truncate", "drop", "error"], default="truncate", help="longer rows (default: truncate)"
@@ -74,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
         seq_length=args.seq_length,
         train_on=args.train_on,
         end_token=args.end_token,
+        on_loss=args.on_loss,
+        empty_thinking=args.empty_thinking,
+        chat_template_kwargs=_variables(args.chat_template_kwargs),
         overlong=args.overlong,
         on_error=args.on_error,
         columns=Columns(**names, text=args.text_column),
@@ -88,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         args.tokenizer,
         args.output,
         options,
+        chat_template=args.chat_template,
         dataset_split=args.dataset_split,
         dataset_config=args.dataset_config,
         num_workers=args.num_workers,
@@ -99,18 +122,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _variables(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        variables = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--chat-template-kwargs: not JSON, column {error.colno}: {error.msg}") from None
+    if not isinstance(variables, dict):
+        raise ValueError(f"--chat-template-kwargs must be a JSON object, not {text}")
+    return variables
+
+
 def _describe(folder: str, manifest: dict[str, Any]) -> None:
     counts, packing = manifest["counts"], manifest["packing"]
     print(f"{folder}: {manifest['rows']:,} rows, {counts['tokens']:,} tokens, {counts['trained_tokens']:,} trained on")
     for name, text in (
         ("rows_with_errors", "input rows skipped for errors"),
+        ("rows_with_text_left_out", "rows of which the template leaves a text out (--on-loss)"),
+        ("turns_not_trained_by_flag", "turns not trained on, by their own weight, train or loss"),
         ("rows_split_into_turns", "conversations split, one sample a turn (the template drops earlier thinking)"),
+        ("tokens_repeated_by_splits", "tokens stand in several samples for it; --train-on last takes one sample a row"),
         ("answers_without_end_token", "answers without an end-of-turn token, whose stop is not trained: --end-token"),
         ("truncated", "rows cut to the sequence length"),
         ("dropped_overlong", "rows dropped, too long"),
         ("dropped_nothing_to_train_on", "rows dropped, nothing to train on"),
     ):
-        if counts[name]:
+        if counts.get(name):
             print(f"  {counts[name]:,} {text}")
     for error in manifest["errors"][:5]:
         print(f"  {error}")

@@ -54,14 +54,19 @@ class EncodedBatch:
     samples: list[tuple[int, str, np.ndarray, np.ndarray]]  # number within the batch, where it stood, ids, mask
     rows: int  # input rows, blank lines left out
     split: int  # rows that became a sample for each turn
+    repeated: int  # tokens that stand in several samples of one row
+    lossy: int  # rows of which the chat template left something out
+    untrained: int  # turns that are context by their own flag
     unended: int  # conversations whose last answer ends with no special token
     errors: list[str]
+    losses: list[str]  # the first thing lost of each such row, in words
     source: int
     size: int
 
 
 def _encode_batch(tokenizer: Any, options: PrepareOptions, batch: _Batch) -> EncodedBatch:
-    samples, errors, rows, split, unended = [], [], 0, 0, 0
+    samples, errors, losses = [], [], []
+    rows = split = repeated = lossy = untrained = unended = 0
     special = set(tokenizer.added_tokens_decoder)
     for where, raw in batch.rows:
         try:
@@ -77,18 +82,34 @@ def _encode_batch(tokenizer: Any, options: PrepareOptions, batch: _Batch) -> Enc
             errors.append(str(error))
         else:
             split += encoded.split
-            unended += is_chat and not _ends(encoded.samples[-1], special)
+            lengths = [len(sample.input_ids) for sample in encoded.samples]
+            repeated += sum(lengths) - max(lengths, default=0)
+            lossy += bool(encoded.losses)
+            untrained += encoded.untrained
+            if encoded.losses:
+                losses.append(f"{where}: {encoded.losses[0]}")
+            unended += is_chat and bool(encoded.samples) and not _ends(encoded.samples[-1], special)
             for sample in encoded.samples:  # as arrays: the parent process has all of them to write
                 ids, mask = np.asarray(sample.input_ids, np.int32), np.asarray(sample.labels_mask, bool)
                 samples.append((rows, where, ids, mask))
         rows += 1
-    return EncodedBatch(samples, rows, split, unended, errors, batch.source, batch.size)
+    return EncodedBatch(
+        samples, rows, split, repeated, lossy, untrained, unended, errors, losses, batch.source, batch.size
+    )
 
 
 def _encode(tokenizer: Any, options: PrepareOptions, row: dict, where: str):
     try:
         canonical = canonical_row(row, options.columns)
-        encoded = encode_row(tokenizer, canonical, train_on=options.train_on, end_token=options.end_token)
+        encoded = encode_row(
+            tokenizer,
+            canonical,
+            train_on=options.train_on,
+            end_token=options.end_token,
+            on_loss=options.on_loss,
+            empty_thinking=options.empty_thinking,
+            chat_template_kwargs=options.chat_template_kwargs,
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     except (TypeError, AttributeError, KeyError) as error:  # values of types that no layout has

@@ -39,6 +39,8 @@ class Columns:
 def canonical_row(row: dict[str, Any], columns: Columns = Columns()) -> dict[str, Any]:
     """`row` as {"messages": [...], "tools": [...] or None} or {"text": str}; the row itself is left alone.
 
+    A row's own `chat_template_kwargs` come along, if it has some.
+
     Recognised, the first that fits: conversations in `messages`, `conversations` or `conversation` (OpenAI's
     role/content or ShareGPT's from/value, also as a JSON string), Alpaca (`instruction`, `input`, `output`,
     `history`), `prompt` with `completion` or `response` (strings or lists of messages), `text`. `system` and `tools`
@@ -67,7 +69,18 @@ def canonical_row(row: dict[str, Any], columns: Columns = Columns()) -> dict[str
     system = row.get(columns.system or "system")
     if system and messages[0]["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": _text(system, "the system column")})
-    return {"messages": messages, "tools": _tools(row.get(columns.tools or "tools"))}
+    canonical: dict[str, Any] = {"messages": messages, "tools": _tools(row.get(columns.tools or "tools"))}
+    if variables := row.get("chat_template_kwargs"):
+        canonical["chat_template_kwargs"] = _variables(variables)
+    return canonical
+
+
+def _variables(value: Any) -> dict[str, Any]:
+    """A row's own variables for the template; those that Arrow added to fill its structs are None and left out."""
+    value = _parsed(value, "chat_template_kwargs")
+    if not isinstance(value, dict):
+        raise ValueError(f"chat_template_kwargs must be an object, found {_short(value)}")
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def _check_columns(row: dict[str, Any], columns: Columns) -> None:

@@ -44,6 +44,7 @@ def prepare(
     output: str | os.PathLike,
     options: PrepareOptions,
     *,
+    chat_template: str | os.PathLike | None = None,
     dataset_split: str | None = None,
     dataset_config: str | None = None,
     num_workers: int = 1,
@@ -59,6 +60,7 @@ def prepare(
         inputs: files (JSONL, JSON, Parquet), folders or globs of them, or names for ``datasets.load_dataset``.
         tokenizer_name: what ``AutoTokenizer.from_pretrained`` takes.
         options: see :class:`PrepareOptions`.
+        chat_template: a file with a template to take instead of the tokenizer's own.
         dataset_split, dataset_config: of a ``datasets`` source.
         num_workers: processes that render and tokenize.
         overwrite: replace a folder that holds something else.
@@ -74,6 +76,10 @@ def prepare(
     """
     output = _checked_output(Path(output), overwrite)
     tokenizer = load_tokenizer(tokenizer_name)
+    if chat_template is not None:
+        if not Path(chat_template).is_file():
+            raise FileNotFoundError(f"--chat-template: no such file: {chat_template}")
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     sources = open_sources(inputs, split=dataset_split, config=dataset_config)
     request = _request(sources, tokenizer, str(tokenizer_name), options)
     with _whole_or_not_at_all(output) as new:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from eaft_megatron.data.layouts import Columns
 from eaft_megatron.data.prepared import check_multiple
@@ -18,7 +19,11 @@ class PrepareOptions:
         seq_length: positions of a sample; a row holds one token more at most.
         train_on: "all" assistant turns of a conversation, or the "last" one.
         end_token: appended, and trained on, where the template leaves a conversation's last answer without an end;
-            GLM-4 writes its end-of-turn token only as the header of the next turn, "<|user|>".
+            most templates and what they write next do not.
+        on_loss: what happens where the template leaves a text of a row out: "error", "keep" (train on what is left,
+            and count it), or "drop-row".
+        empty_thinking: what happens to a turn without thinking behind a prompt that opens it: "error", or "close" it.
+        chat_template_kwargs: variables for the template, before a row's own; None: what suits each turn.
         overlong: what happens to a longer row: "truncate" (on the right), "drop", or "error".
         on_error: "stop" at the first bad row, or "skip" and count them.
         columns: names of the user's columns; None: recognise the layout.
@@ -32,6 +37,9 @@ class PrepareOptions:
     seq_length: int
     train_on: str = "all"
     end_token: str | None = None
+    on_loss: str = "error"
+    empty_thinking: str = "error"
+    chat_template_kwargs: dict[str, Any] | None = None
     overlong: str = "truncate"
     on_error: str = "stop"
     columns: Columns = Columns()  # noqa: RUF009 - frozen
@@ -45,6 +53,8 @@ class PrepareOptions:
         check_multiple(self.seq_length, self.pad_to_multiple_of)
         for flag, value, choices in (
             ("--train-on", self.train_on, ("all", "last")),
+            ("--on-loss", self.on_loss, ("error", "keep", "drop-row")),
+            ("--empty-thinking", self.empty_thinking, ("error", "close")),
             ("--overlong", self.overlong, ("truncate", "drop", "error")),
             ("--on-error", self.on_error, ("stop", "skip")),
         ):

@@ -13,7 +13,15 @@ from eaft_megatron.data.encoding import EncodedBatch
 from eaft_megatron.data.prepare_options import PrepareOptions
 from eaft_megatron.data.prepared import ROW_SCHEMA
 
-INPUT_COUNTS = ("input_rows", "rows_with_errors", "rows_split_into_turns", "answers_without_end_token")
+INPUT_COUNTS = (
+    "input_rows",
+    "rows_with_errors",
+    "rows_with_text_left_out",
+    "turns_not_trained_by_flag",
+    "rows_split_into_turns",
+    "tokens_repeated_by_splits",
+    "answers_without_end_token",
+)
 PART_COUNTS = (
     "tokens",
     "trained_tokens",
@@ -41,9 +49,12 @@ class Tally:
         first = self.input["input_rows"]
         self.input["input_rows"] += encoded.rows
         self.input["rows_with_errors"] += len(encoded.errors)
+        self.input["rows_with_text_left_out"] += encoded.lossy
+        self.input["turns_not_trained_by_flag"] += encoded.untrained
         self.input["rows_split_into_turns"] += encoded.split
+        self.input["tokens_repeated_by_splits"] += encoded.repeated
         self.input["answers_without_end_token"] += encoded.unended
-        self.errors += encoded.errors[: _ERRORS_KEPT - len(self.errors)]
+        self.errors += [*encoded.errors, *encoded.losses][: _ERRORS_KEPT - len(self.errors)]
         kept: dict[str, list[tuple[np.ndarray, np.ndarray, int, str]]] = {name: [] for name in self.parts}
         for index, where, ids, mask in encoded.samples:
             part = self._part_of(first + index)

@@ -1,154 +1,259 @@
-"""Where in a chat template's text an assistant turn begins and ends, found by rendering the conversation up to it."""
+"""An assistant turn in a chat template's text: the prompt it answers, what the assistant writes, what ends it.
 
-from dataclasses import dataclass
-from functools import cached_property
+- The prompt is what the template writes for the turns before, with its generation prompt: what a server would send.
+- What the assistant writes is what the template writes behind that prompt for the turn, as the last of its
+  conversation. Of several views in which it does, the one that loses least is taken, then the longest prompt: thinking
+  that inference opens or closes in the prompt is not trained on.
+- The turn ends with the token at which the model stops: the added token that the template writes last, unless it
+  closes an element that the turn itself opened ("</tool_call>"); else the one that it writes before what follows.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
-Message = dict[str, Any]
+from eaft_megatron.data.texts import Text, is_in, tool_texts, turn_texts
+from eaft_megatron.data.views import THINKING, Message, View, views_of
 
-
-class UnwrittenCallsError(ValueError):
-    """The chat template leaves tool calls out."""
+_NAME = re.compile(r"\w[\w:]*")
+_EMPTY_THINKING = re.compile(
+    r"\s*(?:" + "|".join(re.escape(a) + r"\s*" + re.escape(b) for a, b in THINKING.items()) + ")"
+)
 
 
 @dataclass(frozen=True)
 class Turn:
     """An assistant turn, rendered as the last of its conversation.
 
-    `text`: the conversation up to and with turn `index`. The assistant wrote `text[start:stop]`; blanks behind the
-    end-of-turn token lie outside. `end_tokens`: where no token ends the turn, what may end it.
+    `text`: the conversation up to and with turn `index`. The assistant wrote `text[start:stop]`, the token that ends
+    the turn included where `ended`; blanks behind lie outside. `lost`: texts of the turn that are not in there.
     """
 
     index: int
     text: str
     start: int
     stop: int
-    end_tokens: tuple[str, ...]
+    ended: bool
+    lost: tuple[Text, ...] = ()
+
+    def ended_by(self, token: str | None) -> Turn:
+        """The turn with `token` behind it, if nothing ends it yet."""
+        if self.ended or token is None:
+            return self
+        text = self.text + token
+        return replace(self, text=text, stop=len(text), ended=True)
 
     @property
     def kept(self) -> str:
         """What a longer conversation must begin with to hold this turn unchanged."""
         return self.text[: self.stop]
 
-    def span_in(self, text: str) -> tuple[int, int]:
-        """The assistant's characters in `text`, which begins with `kept`.
-
-        A turn that no token ends (GLM-4) is ended by the special token of the header behind it: the model writes it.
-        """
-        following = [token for token in self.end_tokens if text.startswith(token, self.stop)]
-        return self.start, self.stop + max(map(len, following), default=0)
-
 
 class Conversation:
     """Renderings of the beginnings of one conversation, each made once."""
 
-    def __init__(self, tokenizer: Any, messages: list[Message], tools: list | None) -> None:
+    def __init__(
+        self, tokenizer: Any, messages: list[Message], tools: list | None, variables: dict[str, Any] | None = None
+    ) -> None:
         self.messages = messages
         self._tokenizer = tokenizer
         self._tools = tools
-        self._texts: dict[int, str] = {}
-        self._block: str | None = None
+        template = tokenizer.get_chat_template(tools=tools)
+        self._views = views_of(template, messages, variables or {})
+        self._texts: dict[tuple[int, int, bool], str | ValueError] = {}
+        self._added = set(tokenizer.get_added_vocab())
+        self._context: dict[int, list[Text]] = {}
 
-    def apply(self, count: int, where: str, **options: Any) -> Any:
+    def apply(self, count: int, where: str, view: View | None = None, **options: Any) -> Any:
         """The chat template on the first `count` messages; `where` begins the ValueError if it fails."""
+        view = view or self._views[0]
+        return self._apply(view.until(count), where, view, **options)
+
+    def _apply(self, messages: list[Message], where: str, view: View, **options: Any) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(self.messages[:count], tools=self._tools, **options)
+            return self._tokenizer.apply_chat_template(messages, tools=self._tools, **{**view.variables, **options})
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{where}: the chat template failed: {type(error).__name__}: {error}") from error
 
-    def render(self, count: int) -> str:
-        """The first `count` messages as text, without a generation prompt."""
+    def render(self, count: int, view: int = 0, *, prompt: bool = False) -> str:
+        """The first `count` messages as text, with the generation prompt or without."""
         if count == 0:
             return ""
-        if count not in self._texts:
+        key = (count, view, prompt)
+        if key not in self._texts:
             where = "messages" if count == len(self.messages) else self._where(count - 1)
-            self._texts[count] = self.apply(count, where, tokenize=False)
-        return self._texts[count]
+            options = {"tokenize": False, **({"add_generation_prompt": True} if prompt else {})}
+            try:
+                self._texts[key] = self.apply(count, where, self._views[view], **options)
+            except ValueError as error:
+                self._texts[key] = error
+        text = self._texts[key]
+        if isinstance(text, ValueError):
+            raise text
+        return text
 
-    def turn(self, index: int) -> Turn:
-        """Assistant turn `index`: what the template writes after its generation prompt for the turns before.
+    def turn(self, index: int, *, empty_thinking: str = "error") -> Turn:
+        """Assistant turn `index`, in the view that suits it best.
 
         Raises:
-            ValueError: nothing before it; a template that writes something else than prompt and answer, ignores
-                add_generation_prompt although it writes a header, or leaves tool calls out (`UnwrittenCallsError`).
+            ValueError: in no view does the template write prompt and answer one behind the other, or it ignores
+                add_generation_prompt although it writes a header, or nothing of the turn is left.
         """
-        where = self._where(index)
-        if index == 0:
-            raise ValueError(f"{where}: a conversation cannot begin with the assistant: there is no prompt to answer")
-        prompt = self.apply(index, where, tokenize=False, add_generation_prompt=True)
-        text = self.render(index + 1)
-        stripped = text.rstrip()
-        ended = len(stripped) > len(prompt) and stripped.endswith(self._added_tokens)
-        stop = len(stripped if ended else text)  # behind an end-of-turn token only blanks follow
-        if not (text.startswith(prompt) and len(prompt) <= stop):
+        best: tuple[tuple, int, str, str] | None = None
+        failure: ValueError | None = None
+        texts = turn_texts(index, self.messages[index])
+        for view in range(len(self._views)):
+            try:
+                prompt, text = self._answered(index, view, texts, empty_thinking == "close")
+            except ValueError as error:
+                failure = failure or error
+                continue
+            written = text[len(prompt) :]
+            lost = sum(not is_in(item, written) for item in texts)
+            if texts and lost == len(texts):
+                failure = failure or _nothing_left(texts[0])
+                continue
+            context = sum(not is_in(item, prompt) for item in self._context_of(index))
+            thinks = any(item.what.startswith("the thinking") for item in texts)
+            opened = _left_open(prompt, written)
+            empty = not thinks and _EMPTY_THINKING.match(written) is not None
+            key = (lost + context, opened, empty, len(written))
+            if best is None or key < best[0]:
+                best = key, view, prompt, text
+            if not (lost or context or opened or empty) and _begins(written, texts):
+                break
+        if best is None:
+            raise failure or self.ambiguous(index)
+        (_, opened, *_), view, prompt, text = best
+        if opened:
+            raise ValueError(
+                f"{self._where(index)}: the generation prompt opens thinking ({prompt[-12:]!r}) that this turn does "
+                "not have; add its 'reasoning_content', give a template whose prompt does not with --chat-template "
+                "FILE, or train the model to close it at once: --empty-thinking close"
+            )
+        return self._ended(index, view, prompt, text, texts)
+
+    def _answered(self, index: int, view: int, texts: list[Text], close: bool) -> tuple[str, str]:
+        """The prompt of a turn, and prompt and answer; ValueError where they do not fit together."""
+        prompt = self.render(index, view, prompt=True)
+        text = self.render(index + 1, view)
+        if not text.startswith(prompt):
+            text = self._with_thinking(index, prompt, text, close)
+        written = text[len(prompt) :]
+        first = texts[0].text if texts else ""
+        headed = not written.lstrip().startswith(first) if first else self.messages[index]["role"] in written
+        if headed and prompt == self.render(index, view) and not _is_thought(written):
+            raise ValueError(
+                f"{self._where(index)}: the chat template ignores add_generation_prompt: its role header "
+                f"{written[:30]!r} would be trained; give a template that writes one with --chat-template FILE"
+            )
+        return prompt, text
+
+    def _with_thinking(self, index: int, prompt: str, text: str, close: bool) -> str:
+        """`text` with the row's thinking where the prompt opens it and the template, for a finished turn, does not."""
+        tag = next((tag for tag in THINKING if prompt.rstrip().endswith(tag)), None)
+        before = prompt.rstrip().removesuffix(tag or "")
+        if tag is None or not text.startswith(before):
             raise self.ambiguous(index)
-        start = len(prompt)
-        if "enable_thinking" in self._tokenizer.get_chat_template(tools=self._tools):
-            block = self._empty_thinking(index, prompt)
-            start += len(block) if text.startswith(block, start) else 0
-        self._check_written(index, prompt, text[start:stop])
-        # The header of a further assistant turn ends none: the model would go on and on.
-        ended = ended or (index + 1 < len(self.messages) and self.messages[index + 1]["role"] == "assistant")
-        return Turn(index, text, start, stop, () if ended else self._added_tokens)
+        reasoning, answer = self.messages[index].get("reasoning_content"), text[len(before) :].lstrip()
+        if reasoning is None and not close:
+            return prompt + answer
+        return f"{prompt}{(reasoning or '').strip()}\n{THINKING[tag]}\n\n{answer}"
 
-    def check_calls(self) -> None:
-        """`UnwrittenCallsError` where the text of the whole conversation has no trace of a call."""
-        for index, message in enumerate(self.messages):
-            for call in message.get("tool_calls") or []:
-                self._check_call(index, call, self.render(len(self.messages)))
+    def _context_of(self, index: int) -> list[Text]:
+        """What the prompt of a turn must hold, the thinking of earlier turns aside."""
+        if index not in self._context:
+            texts = tool_texts(self._tools)
+            for number, message in enumerate(self.messages[:index]):
+                texts += turn_texts(number, message, thinking=message["role"] != "assistant")
+            self._context[index] = texts
+        return self._context[index]
 
-    def check_tool_results(self) -> None:
-        """ValueError where the template writes nothing for the first results of tools."""
-        first = next((i for i, message in enumerate(self.messages) if message["role"] == "tool"), None)
-        if not first:
-            return
-        behind = first
-        while behind < len(self.messages) and self.messages[behind]["role"] == "tool":
-            behind += 1
-        if self.render(behind) == self.render(first):
-            raise ValueError(f"turn {first} (tool): the chat template leaves the results of tools (role 'tool') out")
+    def lost_context(self, index: int, written: list[str]) -> list[Text]:
+        """What the conversation before turn `index` holds, and none of the texts `written` does."""
+        return [text for text in self._context_of(index) if not any(is_in(text, sample) for sample in written)]
+
+    def _ended(self, index: int, view: int, prompt: str, text: str, texts: list[Text]) -> Turn:
+        """The turn with the token that ends it, which may have to be taken from what the template writes next."""
+        stripped = text.rstrip()
+        last = self._last_token(stripped)
+        if last and len(stripped) > len(prompt) and not self._closes(last, stripped[len(prompt) :]):
+            stop, ended = len(stripped), True
+        elif following := self._following(index, view, text, len(prompt)):
+            text += following
+            stop, ended = len(text), True
+        else:
+            stop, ended = len(text), False
+        written = text[len(prompt) : stop]
+        lost = tuple(item for item in texts if not is_in(item, written))
+        return Turn(index, text, len(prompt), stop, ended, lost)
+
+    def _last_token(self, text: str) -> str:
+        return max((token for token in self._added if text.endswith(token)), key=len, default="")
+
+    def _closes(self, token: str, written: str) -> bool:
+        """Whether a token closes an element that the turn has opened: another added token of the same name."""
+        name = _NAME.search(token)
+        return name is not None and any(
+            other != token and (match := _NAME.search(other)) is not None and match[0] == name[0] and other in written
+            for other in self._added
+        )
+
+    def _following(self, index: int, view: int, text: str, start: int) -> str:
+        """The added token that the template writes right behind the turn when the conversation goes on; "" if none."""
+        shown = self._views[view]
+        calls = self.messages[index].get("tool_calls") or []
+        result = "observation" if any("metadata" in message for message in shown.messages) else "tool"
+        probe: Message = {"role": result if calls else "user", "content": "0"}
+        if calls:
+            function = calls[-1].get("function") or calls[-1]
+            probe |= {"name": function.get("name"), "tool_call_id": calls[-1].get("id", "")}
+        try:
+            longer = self._apply([*shown.until(index + 1), probe], "", shown, tokenize=False)
+        except ValueError:
+            return ""
+        # Earlier thinking may be gone there, so the turn's last characters are looked for, of which fewer may do.
+        written = text[start:]
+        for tail in (text, *(written[-size:] for size in (60, 20, 8, 3))):
+            at = longer.rfind(tail) if tail.strip() else -1
+            if at >= 0:
+                behind = longer[at + len(tail) :]
+                blanks = behind[: len(behind) - len(behind.lstrip())]
+                token = max((t for t in self._added if behind.startswith(blanks + t)), key=len, default="")
+                return blanks + token if token else ""
+        return ""
 
     def ambiguous(self, index: int) -> ValueError:
         """The error for a turn that cannot be told from the rest."""
         return ValueError(
             f"{self._where(index)}: the chat template renders this turn, or what precedes it, differently inside the "
-            "whole conversation than on its own (some templates drop earlier thinking or add a default system turn), "
-            "so its tokens cannot be told apart; use a template with {% generation %} markers or one row per assistant "
-            "turn"
+            "whole conversation than in the prompt that the model answers, under every switch that it has, so its "
+            "tokens cannot be told apart; give a template that does not with --chat-template FILE"
         )
 
     def _where(self, index: int) -> str:
         return f"turn {index} ({self.messages[index]['role']})"
 
-    @cached_property
-    def _added_tokens(self) -> tuple[str, ...]:
-        return tuple(self._tokenizer.get_added_vocab())
 
-    def _empty_thinking(self, index: int, prompt: str) -> str:
-        """What enable_thinking=False adds to the generation prompt: thinking that the model is not asked to write."""
-        if self._block is None:
-            options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-            off = self.apply(index, self._where(index), **options)
-            self._block = off[len(prompt) :] if off.startswith(prompt) else ""
-        return self._block
+def _left_open(prompt: str, written: str) -> bool:
+    """Whether the prompt ends inside thinking that the answer does not close."""
+    tag = next((tag for tag in THINKING if prompt.rstrip().endswith(tag)), None)
+    return tag is not None and THINKING[tag] not in written
 
-    def _check_call(self, index: int, call: Message, text: str) -> None:
-        name = (call.get("function") or call).get("name")
-        if not isinstance(name, str) or name not in text:
-            raise UnwrittenCallsError(f"{self._where(index)}: the chat template leaves the call of {name!r} out")
 
-    def _check_written(self, index: int, prompt: str, written: str) -> None:
-        message = self.messages[index]
-        for call in message.get("tool_calls") or []:
-            self._check_call(index, call, written)
-        content = message.get("content")
-        if not isinstance(content, str):
-            return
-        # What stands before the answer may be thinking tags, or a header that the prompt should have held.
-        answer = content.strip()
-        preceded = not written.lstrip().startswith(answer) if answer else message["role"] in written
-        if preceded and prompt == self.render(index):
-            raise ValueError(
-                f"{self._where(index)}: the chat template ignores add_generation_prompt: its role header would be "
-                "trained"
-            )
+def _nothing_left(text: Text) -> ValueError:
+    return ValueError(
+        f"{text.lost()}, and nothing of the turn is left to train on; give a template that writes it with "
+        "--chat-template FILE, or leave such rows out with --on-error skip"
+    )
+
+
+def _is_thought(written: str) -> bool:
+    return written.lstrip().startswith(tuple(THINKING))
+
+
+def _begins(written: str, texts: list[Text]) -> bool:
+    """Whether the first text of the turn stands at its very beginning, so that no other prompt could be longer."""
+    return not texts or written.lstrip().startswith(texts[0].text)

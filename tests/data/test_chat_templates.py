@@ -4,6 +4,7 @@ import pytest
 
 from eaft_megatron.data import encode_row
 from eaft_megatron.data.layouts import canonical_row
+from tests.data.marked_samples import assistant, marked, result, user
 from tests.data.template_tokenizers import ADDED, TEMPLATES, template_tokenizer
 
 QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -26,18 +27,8 @@ def load():
     return template_tokenizer
 
 
-def marked(tokenizer, sample) -> str:
-    """The sample's text, its trained tokens between « and »."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, flag in zip(sample.input_ids, sample.labels_mask, strict=True):
-        if not runs or runs[-1][0] != flag:
-            runs.append((flag, []))
-        runs[-1][1].append(token)
-    return "".join(f"«{tokenizer.decode(run)}»" if flag else tokenizer.decode(run) for flag, run in runs)
-
-
-def encoded(tokenizer, *messages, tools=None, train_on="all") -> list[str]:
-    row = encode_row(tokenizer, canonical_row({"messages": list(messages), "tools": tools}), train_on=train_on)
+def encoded(tokenizer, *messages, tools=None, **options) -> list[str]:
+    row = encode_row(tokenizer, canonical_row({"messages": list(messages), "tools": tools}), **options)
     assert row.split == (len(row.samples) > 1)
     return [marked(tokenizer, sample) for sample in row.samples]
 
@@ -46,22 +37,10 @@ def system(content):
     return {"role": "system", "content": content}
 
 
-def user(content):
-    return {"role": "user", "content": content}
-
-
-def assistant(content, reasoning=None):
-    return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
-
-
 def call(reasoning=None, content=None):
     function = {"name": "weather", "arguments": '{"city": "Köln"}'}
     message = {"role": "assistant", "content": content, "tool_calls": [{"id": "c", "function": function}]}
     return {**message, "reasoning_content": reasoning}
-
-
-def result():
-    return {"role": "tool", "content": "7°", "tool_call_id": "c"}
 
 
 @pytest.mark.parametrize(("name", "default"), [("qwen2.5-instruct", QWEN_SYSTEM), ("smollm2-instruct", SMOL_SYSTEM)])
@@ -161,16 +140,17 @@ def test_glm4(load):
     tokenizer = load("glm-4-0414")
     row = (system("S"), user("q"), assistant("one"), user("r"), assistant("two"))
     assert encoded(tokenizer, *row) == [
-        "[gMASK]<sop><|system|>\nS<|user|>\nq<|assistant|>«\none<|user|>»\nr<|assistant|>«\ntwo»"
+        "[gMASK]<sop><|system|>\nS<|user|>\nq<|assistant|>«\none<|user|>»\nr<|assistant|>«\ntwo<|user|>»"
     ]
     assert encoded(tokenizer, *row, train_on="last") == [
-        "[gMASK]<sop><|system|>\nS<|user|>\nq<|assistant|>\none<|user|>\nr<|assistant|>«\ntwo»"
+        "[gMASK]<sop><|system|>\nS<|user|>\nq<|assistant|>\none<|user|>\nr<|assistant|>«\ntwo<|user|>»"
     ]
     assert encoded(tokenizer, user("q"), assistant(""), user("r"), assistant("x")) == [
-        "[gMASK]<sop><|user|>\nq<|assistant|>«\n<|user|>»\nr<|assistant|>«\nx»"
+        "[gMASK]<sop><|user|>\nq<|assistant|>«\n<|user|>»\nr<|assistant|>«\nx<|user|>»"
     ]
     assert encoded(tokenizer, user("q"), assistant("x"), assistant("y")) == [
-        "[gMASK]<sop><|user|>\nq<|assistant|>«\nx»<|assistant|>«\ny»"
+        "[gMASK]<sop><|user|>\nq<|assistant|>«\nx<|user|>»",
+        "[gMASK]<sop><|user|>\nq<|assistant|>\nx<|assistant|>«\ny<|user|>»",
     ]
 
 
@@ -184,20 +164,30 @@ def test_glm4_tools(load):
     tokenizer = load("glm-4-0414")
     row = (user("q"), call(content="I look."), result(), assistant("7 degrees"))
     written = 'weather \n{"city": "Köln"}<|observation|>'
-    tail = "\n7°<|assistant|>«\n7 degrees»"
-    assert encoded(tokenizer, *row, tools=TOOLS) == [f"{head}«\nI look.»<|assistant|>«{written}»{tail}"]
+    tail = "\n7°<|assistant|>«\n7 degrees<|user|>»"
+    assert encoded(tokenizer, *row, tools=TOOLS) == [f"{head}«\nI look.<|assistant|>{written}»{tail}"]
     plain = (user("q"), call(), result(), assistant("7 degrees"))
     assert encoded(tokenizer, *plain, tools=TOOLS) == [f"{head}«{written}»{tail}"]
     only_call = encoded(tokenizer, *row[:2], tools=TOOLS, train_on="last")
-    assert only_call == [f"{head}«\nI look.»<|assistant|>«{written.removesuffix('<|observation|>')}»"]
+    assert only_call == [f"{head}«\nI look.<|assistant|>{written}»"]
 
 
-def test_end_token_for_an_open_last_turn(load):
-    """Appended where nothing ends the last answer, and only there: not behind a call or an end-of-turn token."""
+def test_end_token_for_an_open_last_turn(load, make_tokenizer):
+    """Appended where neither the template nor what it writes next ends the last answer, and only there."""
     glm, qwen = load("glm-4-0414"), load("qwen2.5-instruct")
+    bare = make_tokenizer("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]")
+    bare.chat_template = bare.chat_template.replace(
+        "[assistant]", "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     for tokenizer, messages, token, expected in (
         (glm, [user("q"), assistant("x")], "<|user|>", "[gMASK]<sop><|user|>\nq<|assistant|>«\nx<|user|>»"),
-        (glm, [user("q"), call()], "<|user|>", '[gMASK]<sop><|user|>\nq<|assistant|>«weather \n{"city": "Köln"}»'),
+        (bare, [user("q"), assistant("x")], "<|im_end|>", "[user]q[assistant]«x<|im_end|>»"),
+        (
+            glm,
+            [user("q"), call()],
+            "<|user|>",
+            '[gMASK]<sop><|user|>\nq<|assistant|>«weather \n{"city": "Köln"}<|observation|>»',
+        ),
         (
             qwen,
             [user("q"), assistant("x")],
@@ -229,7 +219,7 @@ def test_unicode(load, name, content):
     tokenizer = load(name)
     [text] = encoded(tokenizer, user("🙂"), assistant(content), train_on="last")
     lead = "\n" if name.startswith("glm") else ""
-    end = "" if name.startswith("glm") else "<|im_end|>"
+    end = "<|user|>" if name.startswith("glm") else "<|im_end|>"
     assert text.split("«")[1].split("»")[0] == lead + content + end
 
 
@@ -246,7 +236,7 @@ def test_each_trained_turn_follows_its_generation_prompt(load, name):
     """Independent of spans: what stands before the trained characters is what a server would send the model."""
     tokenizer = load(name)
     messages = [user("q"), assistant("one", "hm"), user("r"), assistant("two", "so")]
-    [text] = encoded(tokenizer, *messages, train_on="last")
+    [text] = encoded(tokenizer, *messages, train_on="last", on_loss="keep")
     prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
     assert text.split("«")[0] == prompt
 
@@ -310,11 +300,11 @@ def test_calls_that_need_null_content(make_tokenizer):
     """Templates of DeepSeek's kind write calls only where the content is null: tried before giving up."""
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}"
-        "{{ m.content }}{% else %}{{ m.tool_calls[0].function.name }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{{ m.content }}{% else %}{{ m.tool_calls[0].function | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     [text] = encoded(make_tokenizer(template), user("q"), call())
-    assert text.split("«")[1].split("»")[0] == "weather<|im_end|>"
+    assert text.split("«")[1].split("»")[0] == '{"name": "weather", "arguments": {"city": "Köln"}}<|im_end|>'
 
 
 def test_renders_grow_with_turns_and_tokenizer_calls_do_not(load, monkeypatch):

@@ -91,11 +91,11 @@ def test_two_assistant_turns_in_a_row(tokenizer):
     assert trained(tokenizer, sample) == ["x<|im_end|>", "y<|im_end|>"]
 
 
-def test_token_across_the_header_counts_as_header(make_tokenizer):
-    """Where the tokenizer joins the header's newline with the answer's, that token is not trained on."""
+def test_prompt_and_answer_are_tokenized_apart(make_tokenizer):
+    """A tokenizer that would join the header's newline with the answer's: inference never sees that token."""
     tokenizer = make_tokenizer(merges=(("Ċ", "Ċ"),))
     sample = encode_chat(tokenizer, [user("q"), assistant("\n\nab")])
-    assert trained(tokenizer, sample) == ["\nab<|im_end|>"]
+    assert trained(tokenizer, sample) == ["\n\nab<|im_end|>"]
 
 
 @pytest.mark.parametrize("trim_offsets", [False, True])

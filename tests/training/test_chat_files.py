@@ -39,7 +39,7 @@ CASES = {  # name: (template, row, what is trained on in each of its samples)
     "glm-4 tool call": (
         "glm-4-0414",
         {"messages": CALLING, "tools": TOOLS},
-        [['weather \n{"city": "Bonn"}<|observation|>', "\ncold"]],
+        [['weather \n{"city": "Bonn"}<|observation|>', "\ncold<|user|>"]],
     ),
     "sharegpt": (
         "qwen2.5-instruct",

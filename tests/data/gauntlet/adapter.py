@@ -10,7 +10,12 @@ from eaft_megatron.data.chat import encode_row
 from eaft_megatron.data.layouts import canonical_row
 
 # Flags that a refusal may name as a way out -> the encoder's argument.
-OPTIONS = {"--train-on": "train_on", "--end-token": "end_token"}
+OPTIONS = {
+    "--train-on": "train_on",
+    "--end-token": "end_token",
+    "--on-loss": "on_loss",
+    "--empty-thinking": "empty_thinking",
+}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the judge knows of model families: which tokens they have beside the vocabulary, and at which they stop.
 
-From the models' tokenizer_config.json (tokens) and generation_config.json (`eos_token_id`: stops).
+Tokens are those that the templates themselves name; stops are what the families' documentation and templates say, not
+read from each model's generation_config.json.
 """
 
 from __future__ import annotations

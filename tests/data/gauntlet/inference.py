@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from datetime import date
 from functools import cached_property
 from typing import Any
 
@@ -102,6 +103,8 @@ class Inference:
     def variants(self) -> list[tuple[list[dict], dict[str, Any]]]:
         """(messages in a form, switches): what of it gives a text at all, the plain one first."""
         template = self._tokenizer.chat_template
+        # The day that the encoder pins: inference on that day.
+        _compile_jinja_template(template).globals["strftime_now"] = date(2025, 1, 1).strftime
         forms = (_metadata,) if "metadata" in template and "tool_calls" not in template else FORMS
         distinct: list = []
         for form in forms:
@@ -119,7 +122,11 @@ class Inference:
             chosen = [m for i, m in enumerate(messages) if m.get("origin", i) < count]
             try:
                 self._cache[key] = self._tokenizer.apply_chat_template(
-                    chosen, tools=self._tools, tokenize=False, add_generation_prompt=prompt, **options
+                    chosen,
+                    tools=self._tools,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                    **options,
                 )
             except Exception:  # a template is a program: what it cannot render no server can either
                 self._cache[key] = None

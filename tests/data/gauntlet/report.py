@@ -12,23 +12,36 @@ from tests.data.gauntlet.judge import Verdict, judge
 from tests.data.gauntlet.rows import ROWS, Row
 from tests.data.gauntlet.tokenizers import build
 
+_WAYS_OUT = 3  # refusals that a user meets one after another, each with its way out
 KINDS = ("right", "way out", "refused", "wrong", "lost")
 Verdicts = dict[str, dict[str, Verdict]]
 
 
 def verdict(tokenizer, row: Row) -> Verdict:
-    """One row through the encoder; where it is refused and the refusal names a way out, through that as well."""
+    """One row through the encoder; where it is refused and the refusal names a way out, through that as well.
+
+    A row that is left out with a word is neither wrong nor a way out: it is refused.
+    """
     outcome = encode(tokenizer, row)
     if outcome.crash:
         return Verdict("wrong", [f"crash: {outcome.crash}"])
+    if outcome.refusal is None and not outcome.samples and outcome.losses:
+        return Verdict("refused", list(outcome.losses))
     if outcome.refusal is None:
         return judge(tokenizer, row, outcome.samples, outcome.losses)
-    options = way_out(outcome.refusal)
-    again = encode(tokenizer, row, **options) if options else outcome
+    options: dict = {}
+    again = outcome
+    for _ in range(_WAYS_OUT):
+        if again.refusal is None or not (named := way_out(again.refusal)):
+            break
+        options |= named
+        again = encode(tokenizer, row, **options)
+    if again.crash:
+        return Verdict("wrong", [f"crash with {options}: {again.crash}"])
     if again.samples:
         taken = judge(tokenizer, row, again.samples, again.losses)
         return Verdict("way out", [outcome.refusal]) if taken.kind == "right" else taken
-    return Verdict("refused", [outcome.refusal])
+    return Verdict("refused", [outcome.refusal])  # also where the only way out is to leave the row out
 
 
 def run(folder: Path, names: Iterable[str] = (), rows: Iterable[str] = ()) -> Verdicts:
