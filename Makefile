@@ -4,6 +4,7 @@
 # make test-all   all of them, as .ci/run does
 # make lint       ruff and mypy
 # make check-megatron MEGATRON_LM_PATH=CLONE [TAG=core_v0.20.0]   what we use of Megatron, in the source of each release
+# make check-release MEGATRON_LM_PATH=CLONE TAG=core_v0.20.0      that, and every layout of a job on it (docs/releases.md)
 # make test-loss  the loss's tests with torch alone: make test-loss LOSS_PYTHON=python3.13 LOSS_VENV=.venv-313
 # make test-megatron-training   Python 3.12, megatron-core 0.19.2 and the training loop in its wheel, on its production path
 #
@@ -20,7 +21,7 @@ FORGETTING_FLAGS ?=
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo forgetting test test-all test-megatron-training test-megatron-training-slow test-loss check-megatron lint clean
+.PHONY: demo forgetting test test-all test-megatron-training test-megatron-training-slow test-loss check-megatron check-release lint clean
 
 # A torch that is already there is left alone. Without a GPU driver we ask for the version under which pip may find a
 # CPU build (a local wheel, an index of your own); where it finds none it brings gigabytes of CUDA libraries.
@@ -88,6 +89,12 @@ test-loss: $(LOSS_VENV)/.done
 check-megatron: $(VENV)/.dev
 	test -n "$(MEGATRON_LM_PATH)" || { echo "MEGATRON_LM_PATH names no clone of Megatron-LM"; exit 2; }
 	MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" $(if $(TAG),MEGATRON_TAG="$(TAG)") $(BIN)/python -m pytest -q tests/test_megatron_map.py
+
+# The map, then every layout of a job, on one tag; docs/releases.md says what to do about what is red.
+check-release: check-megatron
+	test -n "$(TAG)" || { echo "TAG names no release: TAG=core_v0.20.0, or TAG=main"; exit 2; }
+	OMP_NUM_THREADS=1 MEGATRON_LM_PATH="$(MEGATRON_LM_PATH)" EAFT_LAYOUT_TAGS="$(TAG)" EAFT_LAYOUT_TABLE=docs/layouts \
+	  $(BIN)/python -m pytest -q tests/hooks/test_production_layouts.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ standard deviation 0.3 and masks of chats: with smaller weights EAFT's weight is
 
 megatron-core 0.19.2's wheel is tested wherever it is installed (Python 3.12, `make test-megatron-training`), releases
 of Megatron-LM where MEGATRON_LM_PATH names a clone. EAFT_LAYOUT_TABLE=FOLDER writes what was seen, as the table of
-docs/layouts.md.
+docs/layouts/layouts.md.
 """
 
 from __future__ import annotations
@@ -52,13 +52,17 @@ if not RELEASES:
     pytest.skip("needs megatron.training: 0.19.2's wheel, or MEGATRON_LM_PATH", allow_module_level=True)
 
 
+def _minor(tree: Path) -> int:
+    return int(re.search(r"MINOR = (\d+)", (tree / "megatron/core/package_info.py").read_text())[1])
+
+
 class Release:
     """A release, its data, and its one-process numbers, each computed once."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self._folder = name, folder
         tree = None if name == "wheel" else checkout(CLONE, name, folder / "releases").parent
-        self.minor = 19 if name == "wheel" else int(name.removeprefix("core_v0.").partition(".")[0])
+        self.minor = 19 if tree is None else _minor(tree)
         self.jobs = Jobs(tree)
         self._checkpoints: dict[str, Path] = {}
         self._references: dict[tuple, dict[str, float]] = {}
@@ -206,7 +210,11 @@ def write_table(folder: Path, release: str, differences: dict[str, float]) -> No
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{release}.json").write_text(json.dumps(differences, indent=1) + "\n")
     columns = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    lines = ["| layout | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [
+        "Largest relative difference of a layout's first step from one process's; empty: the release cannot do it."
+    ]
+    lines += ["Written by tests/hooks/test_production_layouts.py, with a stand-in for Transformer Engine.", ""]
+    lines += ["| layout | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in layouts.LAYOUTS:
         cells = [f"{column[name]:.0e}" if name in column else "" for column in columns.values()]
         lines.append(f"| {name} | " + " | ".join(re.sub(r"^0e\+00$", "0", cell) for cell in cells) + " |")
