@@ -1,6 +1,7 @@
 """--check-skips on small suites: an unlisted reason fails the run, in one process and in pytest-xdist's workers."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,8 @@ MODULE = "import pytest\npytest.importorskip('a_module_of_nobody', reason='a mod
 
 
 @pytest.fixture
-def run(pytester):
+def run(pytester, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # where `tests` is
     pytester.makeconftest(CONFTEST)
 
     def run(suites, *options):

@@ -96,7 +96,7 @@ def write_gradient(
         direct = isinstance(where, slice) and out.dtype == shift.dtype
         gradient, factor = _exponentials(wide, shift[part], out[where] if direct else buffer)
         gradient.mul_(scale[part] * factor.unsqueeze(1)).scatter_add_(1, index[part], onehot[part])
-        if out.device.type != "cpu" or bool(dead[part].any()):  # on a GPU, looking would stall the stream
+        if not _may_look_at(dead) or bool(dead[part].any()):
             gradient.masked_fill_(dead[part], 0)
         if isinstance(where, Tensor):
             out.index_copy_(0, where, gradient.to(out.dtype))
@@ -133,6 +133,11 @@ def _chunks(rows: Tensor, keep: Tensor | None) -> Iterator[tuple[slice | Tensor,
         yield where, part, wide, scratch
 
 
+def _may_look_at(values: Tensor) -> bool:
+    """Whether reading a number on the host costs nothing: on a GPU it would stall the stream."""
+    return values.device.type == "cpu"
+
+
 def _chunk_height(rows: Tensor) -> int:
     numbers = _CHUNK_NUMBERS_CPU if rows.device.type == "cpu" else _CHUNK_NUMBERS_GPU
     return min(max(numbers // rows.shape[1], 1), max(rows.shape[0], 1))
@@ -145,7 +150,7 @@ def _exponentials(x: Tensor, shift: Tensor, out: Tensor) -> tuple[Tensor, Tensor
     ``x log2(e) + offset``, a fused multiply-add there, is rounded once and at the size of the result. What the offset
     lost when it was rounded itself is the factor.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not bool(shift.abs().amax() < _LARGEST_SHIFT):
+    if x.dtype != torch.float32 or not _may_look_at(shift) or not bool(shift.abs().amax() < _LARGEST_SHIFT):
         return torch.sub(x, shift, out=out).exp_(), torch.ones_like(shift[:, 0])
     exact = shift.double() * -_LOG2E
     offset = exact.float()

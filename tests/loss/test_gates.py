@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eaft_megatron import vocab_parallel_token_loss
-from eaft_megatron.loss import base_model_gates, gates, probability_gates
+from eaft_megatron.loss import base_model_gates, gates, probability_gates, torch_impl
 from eaft_megatron.methods import rows
 from eaft_megatron.testing import run_distributed
 from tests.loss.gate_cases import GATES, VOCAB, Batch, gate_batch
@@ -205,14 +205,17 @@ class _NoHostSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("gate", GATES.values(), ids=GATES)
-def test_no_gate_looks_at_a_value_on_the_host(gate):
-    """With the options that a GPU has by default, no operator reads a number back."""
+def test_no_gate_looks_at_a_value_on_the_host(gate, monkeypatch):
+    """With the options and branches that a GPU has, no operator of either pass reads a number back."""
+    monkeypatch.setattr(torch_impl, "_may_look_at", lambda values: False)
     side = {"ref_logprob": torch.full((4,), -1.0), "sample_weight": torch.ones(4)}
     ids, target = torch.arange(4), torch.tensor([1, -100, 3, 4])
+    logits = torch.randn(4, 30, requires_grad=True)
     with _NoHostSync():
-        vocab_parallel_token_loss(
-            torch.randn(4, 30), target, gate, side=side, sequence_ids=ids, validate=False, compact_ignored=False
+        loss = vocab_parallel_token_loss(
+            logits, target, gate, side=side, sequence_ids=ids, validate=False, compact_ignored=False
         )
+        loss.backward(torch.ones(4))
 
 
 @dataclasses.dataclass(frozen=True)
