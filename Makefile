@@ -48,12 +48,15 @@ forgetting: $(VENV)/.demo
 # Wall, user and system seconds of the tests and all their processes come last. CI set in the environment: a skip whose
 # reason tests/allowed_skips.py does not list fails them.
 CHECK_SKIPS = $(if $(CI),--check-skips)
+# Processes that share the tests, a module's in one of them; WORKERS=0: all in one.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 test test-all: SHELL = /bin/bash
 test: $(VENV)/.dev
-	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(CHECK_SKIPS)
+	time $(PYTEST) -m "not slow" $(CHECK_SKIPS)
 
 test-all: $(VENV)/.dev
-	time OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(CHECK_SKIPS)
+	time $(PYTEST) $(CHECK_SKIPS)
 
 # The newest megatron-core needs Python 3.12 and holds the training loop. torch comes as its CUDA build (5.4 GB on disk,
 # three to five minutes), which runs on the CPU too.
