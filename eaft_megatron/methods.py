@@ -251,11 +251,11 @@ METHODS: dict[str, Method | dict[str, Method]] = {
 
 def rows() -> list[tuple[str, str | None, Method]]:
     """(``--loss-type``, ``--eaft-gate`` or None, the method), in the order of the table."""
-    found: list[tuple[str, str | None, Method]] = []
+    listed: list[tuple[str, str | None, Method]] = []
     for loss_type, entry in METHODS.items():
         variants = {None: entry} if isinstance(entry, Method) else entry
-        found += [(loss_type, gate, method) for gate, method in variants.items()]
-    return found
+        listed += [(loss_type, gate, method) for gate, method in variants.items()]
+    return listed
 
 
 def method_options() -> list[Option]:
@@ -264,14 +264,14 @@ def method_options() -> list[Option]:
     Raises:
         ValueError: two different options have one name, or one flag.
     """
-    found: dict[str, Option] = {}
+    options: dict[str, Option] = {}
     for loss_type, _, method in rows():
         for option in method.options:
-            same = [other for other in found.values() if option.name == other.name or option.flag == other.flag]
+            same = [other for other in options.values() if option.name == other.name or option.flag == other.flag]
             if any(other != option for other in same):
                 raise ValueError(f"{option.flag} ({option.name}) of {loss_type} is another option's name or flag too")
-            found[option.name] = option
-    return list(found.values())
+            options[option.name] = option
+    return list(options.values())
 
 
 def markdown_table() -> str:

@@ -67,7 +67,7 @@ def _check_model(args: argparse.Namespace) -> None:
     if args.true_vocab_size not in (None, hf_config["vocab_size"]):
         raise ValueError(
             f"--true-vocab-size {args.true_vocab_size}, but the model's config.json says {hf_config['vocab_size']}: "
-            "leave the flag out"
+            "remove the flag"
         )
     args.true_vocab_size = hf_config["vocab_size"]
     if (columns := settings_from_args(args).gate().needs_side) and not args.sft_data:

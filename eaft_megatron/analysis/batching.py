@@ -30,10 +30,10 @@ def batches(lengths: np.ndarray, begin: int, end: int, batch_tokens: int) -> lis
     token has nothing to predict and is in none.
     """
     order = begin + np.argsort(-lengths[begin:end], kind="stable")
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     for row in order[lengths[order] > 1].tolist():
-        if found and (len(found[-1]) + 1) * (lengths[found[-1][0]] - 1) <= batch_tokens:
-            found[-1].append(row)
+        if batches and (len(batches[-1]) + 1) * (lengths[batches[-1][0]] - 1) <= batch_tokens:
+            batches[-1].append(row)
         else:
-            found.append([row])
-    return found
+            batches.append([row])
+    return batches

@@ -36,15 +36,15 @@ def page_sample(
         ``texts``, ``p``, ``h`` (nats) and ``trained`` of each token, ``conflict``: the places of those that conflict,
         ``w``: gate -> weights, one number where all are equal. The first token has no p, h and weight (null).
     """
-    found = data[row]
-    ids, trained = found.input_ids[:LONGEST], found.labels_mask[:LONGEST]
+    sample = data[row]
+    ids, trained = sample.input_ids[:LONGEST], sample.labels_mask[:LONGEST]
     logprob, entropy = (data.column(name, row)[: len(ids)].astype(np.float64) for name in (LOGPROB, TOPK_ENTROPY))
     probability = np.exp(logprob)
     conflict = (entropy < limits["entropy"]) & (probability < limits["probability"]) & trained
     conflict[:1] = False
     return {
         "row": row,
-        "source": os.path.basename(found.source),
+        "source": os.path.basename(sample.source),
         "tokens": int(data.lengths[row]),
         "conflict": np.flatnonzero(conflict).tolist(),
         "texts": token_texts(tokenizer, ids.tolist()),
@@ -87,7 +87,7 @@ def write_page(path: str | os.PathLike, summary: dict[str, Any], samples: list[d
         "TABLES": _tables(summary),
         "CONTENT": packed,
     }
-    page = re.sub(rf"@({'|'.join(parts)})@", lambda found: parts[found[1]], PAGE)
+    page = re.sub(rf"@({'|'.join(parts)})@", lambda match: parts[match[1]], PAGE)
     write_text(path, page)
 
 
@@ -104,20 +104,20 @@ def _facts(summary: dict[str, Any]) -> str:
 
 def _tables(summary: dict[str, Any]) -> str:
     quadrants = [
-        [text, found["tokens"], found["share"], found["loss_share"], found["mean_probability"], found["mean_entropy"]]
-        for text, found in zip(QUADRANTS.values(), summary["quadrants"].values(), strict=True)
+        [text, entry["tokens"], entry["share"], entry["loss_share"], entry["mean_probability"], entry["mean_entropy"]]
+        for text, entry in zip(QUADRANTS.values(), summary["quadrants"].values(), strict=True)
     ]
     gates = [
-        [name, found["mean_weight"], found["loss_kept"], *found["kept"].values()]
-        for name, found in summary["gates"].items()
+        [name, entry["mean_weight"], entry["loss_kept"], *entry["kept"].values()]
+        for name, entry in summary["gates"].items()
     ]
-    fidelity = [[topk, found["pearson"], found["spearman"]] for topk, found in summary["fidelity"].items()]
+    fidelity = [[topk, entry["pearson"], entry["spearman"]] for topk, entry in summary["fidelity"].items()]
     keys = ("conflicts", "occurrences", "mean_probability", "mean_entropy")
-    tokens = [[repr(found["text"]), *(found[key] for key in keys)] for found in summary["conflict_tokens"]]
+    tokens = [[repr(entry["text"]), *(entry[key] for key in keys)] for entry in summary["conflict_tokens"]]
     examples = [
-        [found["row"], f"…{found['before'][-160:]}", found["token"], found["after"][:60], found["probability"],
-         found["entropy"]]
-        for found in summary["examples"]
+        [entry["row"], f"…{entry['before'][-160:]}", entry["token"], entry["after"][:60], entry["probability"],
+         entry["entropy"]]
+        for entry in summary["examples"]
     ]  # fmt: skip
     kept = [f"kept: {name.replace('_', ' ')}" for name in QUADRANTS]
     return "".join(

@@ -29,8 +29,8 @@ def gates(percentile: float) -> dict[str, Gate]:
     compared: dict[str, Gate] = {}
     for *_, method in rows():
         for name, arguments in (method.landscape or {}).items():
-            own = {"percentile": percentile} if "percentile" in arguments else {}
-            compared[name] = method.gate(**{**arguments, **own})
+            limits = {"percentile": percentile} if "percentile" in arguments else {}
+            compared[name] = method.gate(**{**arguments, **limits})
     return compared
 
 
@@ -78,11 +78,11 @@ def summarize(tokens: ScoredTokens, percentile: float = 15.0) -> dict[str, Any]:
 
 
 def _quadrants(tokens: ScoredTokens, quadrant: np.ndarray, loss: np.ndarray) -> dict[str, dict[str, float | None]]:
-    found = {}
+    shown = {}
     for number, name in enumerate(QUADRANTS):
         inside = quadrant == number
         count = int(inside.sum())
-        found[name] = {
+        shown[name] = {
             "tokens": count,
             "share": count / len(tokens),
             "loss_share": _ratio(loss[inside].sum(), loss.sum()),
@@ -90,7 +90,7 @@ def _quadrants(tokens: ScoredTokens, quadrant: np.ndarray, loss: np.ndarray) -> 
             "mean_probability": _ratio(tokens.probability[inside].sum(dtype=np.float64), count),
             "mean_entropy": _ratio(tokens.entropy[inside].sum(dtype=np.float64), count),
         }
-    return found
+    return shown
 
 
 def _gate_effect(weight: np.ndarray, quadrant: np.ndarray, loss: np.ndarray) -> dict[str, Any]:
@@ -162,15 +162,15 @@ def fidelity(tokens: ScoredTokens) -> dict[str, dict[str, float | None]]:
         return {}
     full = tokens.others[None].astype(np.float64)
     ranks = average_ranks(full)
-    found = {}
+    correlations = {}
     for topk in sorted(key for key in tokens.others if key is not None):
         values = tokens.others[topk].astype(np.float64)
-        found[str(topk)] = {
+        correlations[str(topk)] = {
             "pearson": _correlation(values, full),
             "spearman": _correlation(average_ranks(values), ranks),
             "mean_share_of_full_entropy": _ratio(values.sum(), full.sum()),
         }
-    return found
+    return correlations
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:

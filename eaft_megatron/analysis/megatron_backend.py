@@ -81,7 +81,7 @@ class MegatronBackend:
 
         if not parts:
             return []
-        found = get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(self._step, columns, tick),
             data_iterator=iter(parts),
             model=self.model,
@@ -92,7 +92,7 @@ class MegatronBackend:
             collect_non_loss_data=True,
         )
         first = parallel_state.get_tensor_model_parallel_rank() == 0
-        return found if parallel_state.is_pipeline_last_stage() and first else None
+        return outputs if parallel_state.is_pipeline_last_stage() and first else None
 
     def _step(
         self, columns: dict[str, int | None], tick: Callable[[int], None], iterator: Iterator[Batch], model: Any
@@ -108,5 +108,5 @@ class MegatronBackend:
         self, part: Batch, columns: dict[str, int | None], logits: Tensor, non_loss_data: bool = True
     ) -> dict[str, Tensor]:
         target = part.target.to(self.device)
-        found = score_logits(logits, target, columns, vocab_size=self.vocab_size, group=self.group)
-        return {name: values.cpu() for name, values in found.items()}
+        scores = score_logits(logits, target, columns, vocab_size=self.vocab_size, group=self.group)
+        return {name: values.cpu() for name, values in scores.items()}

@@ -207,8 +207,8 @@ def _make_plan(
 
 def _missing_columns(data: PreparedData, record: dict[str, Any], options: ScoreOptions) -> list[str]:
     """Columns to make. With ``overwrite``, scores of another model or K are removed first, all of them."""
-    there = {name: found for name, found in data.columns().items() if _SCORES.fullmatch(name)}
-    for name, found in there.items():
+    columns = {name: found for name, found in data.columns().items() if _SCORES.fullmatch(name)}
+    for name, found in columns.items():
         topk = options.columns.get(name, found.get("topk"))
         if same_model(found, record) and found.get("topk") == topk:
             continue
@@ -220,8 +220,8 @@ def _missing_columns(data: PreparedData, record: dict[str, Any], options: ScoreO
                 f"{found.get('dtype')}, K {found.get('topk')}): --overwrite replaces it"
             )
         shutil.rmtree(data.path / "columns" / name)
-    there = data.columns()
-    return [name for name in options.columns if name not in there]
+    columns = data.columns()
+    return [name for name in options.columns if name not in columns]
 
 
 def _read_request(folder: Path) -> dict[str, Any] | None:
@@ -249,11 +249,11 @@ def _score_windows(
     from tqdm import tqdm
 
     index, count = team.share
-    own = plan.todo[index::count]
-    total = sum(int((data.lengths[begin:end] - 1).sum()) for begin, end in own)
+    rank_rows = plan.todo[index::count]
+    total = sum(int((data.lengths[begin:end] - 1).sum()) for begin, end in rank_rows)
     shown = progress and team.leads
     with tqdm(total=total, desc=f"score {data.path.name}", unit=" tokens", unit_scale=True, disable=not shown) as bar:
-        for begin, end in own:
+        for begin, end in rank_rows:
             parts = [make_batch(data, rows) for rows in batches(data.lengths, begin, end, options.batch_tokens)]
             scores = backend.run(parts, plan.scored, bar.update)
             if team.writes:

@@ -72,14 +72,14 @@ def full_entropy(logits: Tensor, *, vocab_size: int, group: dist.ProcessGroup | 
     """
     width = logits.shape[-1]
     begin = 0 if group is None else dist.get_rank(group) * width
-    own = max(min(vocab_size - begin, width), 0)  # a rank may hold padding alone
-    rows = logits.reshape(-1, width)[:, :own]
+    true_columns = max(min(vocab_size - begin, width), 0)  # a rank may hold padding alone
+    rows = logits.reshape(-1, width)[:, :true_columns]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     entropy = torch.empty(len(rows), dtype=dtype, device=logits.device)
     size = max(_CHUNK.get(logits.device.type, 1 << 24) // width, 1)
     for part, out in zip(rows.split(size), entropy.split(size), strict=True):
         part = part.to(dtype)
-        maximum = part.amax(-1) if own else torch.full_like(out, -torch.inf)
+        maximum = part.amax(-1) if true_columns else torch.full_like(out, -torch.inf)
         if group is not None:
             dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
         shifted = (part - maximum.unsqueeze(-1)).clamp_(min=-1e30)  # finite: 0 log 0 = 0

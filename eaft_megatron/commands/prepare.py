@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.repack:
         if args.input or args.output or args.tokenizer:
-            raise ValueError("--repack DIR changes DIR alone: leave --input, --output and --tokenizer out")
+            raise ValueError("--repack DIR changes DIR alone: remove --input, --output and --tokenizer")
         _describe(args.repack, repack(args.repack, args.seq_length, args.pad_to_multiple_of))
         return 0
     for flag in ("input", "tokenizer", "output"):

@@ -151,7 +151,7 @@ def _trained_turns(messages: list[Message], train_on: str) -> list[int]:
 def _lost_message(lost: Sequence[Text]) -> str:
     more = f", and {len(lost) - 1} more texts of the row" if len(lost) > 1 else ""
     return (
-        f"{lost[0].lost()}{more}: give a template that writes it with --chat-template FILE; or leave such rows out "
+        f"{lost[0].lost()}{more}: give a template that writes it with --chat-template FILE; or skip such rows "
         "(drop-row) or train on what is left with --on-loss keep"
     )
 

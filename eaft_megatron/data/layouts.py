@@ -60,10 +60,10 @@ def canonical_row(row: dict[str, Any], columns: Columns = Columns()) -> dict[str
     if read is None:
         flags = ", ".join(f"--{field.name}-column" for field in fields(Columns))
         raise ValueError(f"no known layout in the columns {sorted(map(str, row))}; name yours with {flags}")
-    found = read()
-    if isinstance(found, str):
-        return {"text": found}
-    messages = _canonical_messages(found)
+    conversation = read()
+    if isinstance(conversation, str):
+        return {"text": conversation}
+    messages = _canonical_messages(conversation)
     if not messages:
         raise ValueError("the conversation has no messages")
     system = row.get(columns.system or "system")

@@ -172,8 +172,8 @@ def _already_there(output: Path, options: PrepareOptions, request: dict, overwri
         ) from None
     wanted = _content(json.loads(json.dumps(request)))
     for manifest in manifests.values():
-        found = _content(manifest)
-        differing = [f"{key} {found[key]}, now {wanted[key]}" for key in wanted if found.get(key) != wanted[key]]
+        present = _content(manifest)
+        differing = [f"{key} {present[key]}, now {wanted[key]}" for key in wanted if present.get(key) != wanted[key]]
         packing = manifest["packing"]
         if not differing and packing is not None and packing["seq_length"] != options.seq_length:
             differing = [f"and packed anew since, for {packing['seq_length']}"]

@@ -37,7 +37,7 @@ class DeferredLogits:
         self._whole: Tensor | None = None
         self._differentiable = False
 
-    def whole(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The logits; differentiable where gradients are on, whoever looked at them before."""
         if self._whole is None or torch.is_grad_enabled() > self._differentiable:
             logits = self._compute()
@@ -48,21 +48,21 @@ class DeferredLogits:
     def __mul__(self, factor: Any) -> DeferredLogits | Tensor:
         if isinstance(factor, (int, float)):
             return DeferredLogits(self.layer, self.hidden, self.weight, self._compute, self.scale * factor)
-        return self.whole() * factor
+        return self.materialize() * factor
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: Any) -> DeferredLogits | Tensor:
-        return self * (1 / divisor) if isinstance(divisor, (int, float)) else self.whole() / divisor
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else self.materialize() / divisor
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.whole()[index]
+        return self.materialize()[index]
 
     def __add__(self, other: Any) -> Tensor:
-        return self.whole() + other
+        return self.materialize() + other
 
     def __sub__(self, other: Any) -> Tensor:
-        return self.whole() - other
+        return self.materialize() - other
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -72,12 +72,12 @@ class DeferredLogits:
                 f"--eaft-linear-chunk: something changes the logits in place ({name}) before the loss is made of them, "
                 "which would see nothing of it: remove the flag"
             )
-        return getattr(self.whole(), name)
+        return getattr(self.materialize(), name)
 
     @classmethod
     def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         def tensor(value: Any) -> Any:
-            return value.whole() if isinstance(value, DeferredLogits) else value
+            return value.materialize() if isinstance(value, DeferredLogits) else value
 
         return function(
             *(tensor(value) for value in args), **{name: tensor(value) for name, value in (kwargs or {}).items()}
@@ -128,12 +128,13 @@ def linear_options(logits: DeferredLogits) -> dict[str, Any]:
 def _check_layer(layer: Any, config: Any) -> None:
     from eaft_megatron.megatron_map import ColumnParallelLinear
 
-    own = type(layer)
-    same = all(getattr(own, name, None) is getattr(ColumnParallelLinear, name, None) for name in _COMPUTING)
-    if not issubclass(own, ColumnParallelLinear) or not same or "forward" in vars(layer):
+    layer_class = type(layer)
+    same = all(getattr(layer_class, name, None) is getattr(ColumnParallelLinear, name, None) for name in _COMPUTING)
+    if not issubclass(layer_class, ColumnParallelLinear) or not same or "forward" in vars(layer):
         raise ValueError(
             "--eaft-linear-chunk takes the place of megatron-core's ColumnParallelLinear, and the output layer here, a "
-            f"{own.__name__}, computes in its own way (an adapter, another precision, a fused loss): remove the flag"
+            f"{layer_class.__name__}, computes in its own way (an adapter, another precision, a fused loss): remove "
+            "the flag"
         )
     if layer.weight is not None:
         _check_weight(layer.weight)

@@ -94,7 +94,7 @@ class LossHook:
         heads = getattr(model.config, "mtp_num_layers", None)
         if heads and labels is not self._noted["labels"]:
             # A multi-token-prediction head: rolled labels, plain cross entropy.
-            return original(model, labels, logits.whole() if isinstance(logits, DeferredLogits) else logits)
+            return original(model, labels, logits.materialize() if isinstance(logits, DeferredLogits) else logits)
         loss_mask = self._noted["loss_mask"]
         target = _masked_target(labels, loss_mask)
         gate = self.gate

@@ -117,31 +117,31 @@ def _with_metrics(loss_func: functools.partial, hook: LossHook, calls_before: in
     return with_metrics
 
 
-def _in_form_of(own: Any, sums: dict[str, tuple[Tensor, Tensor | None]], loss_mask: Tensor) -> dict[str, Any]:
+def _in_form_of(lm_loss: Any, sums: dict[str, tuple[Tensor, Tensor | None]], loss_mask: Tensor) -> dict[str, Any]:
     """The metrics as the host reports its own loss, so that it averages them in the same way.
 
     A metric's own divisor takes the place of the number of tokens; None: that number.
     """
-    if isinstance(own, Tensor) and own.numel() == 2:
-        tokens = own.view(-1)[1]
+    if isinstance(lm_loss, Tensor) and lm_loss.numel() == 2:
+        tokens = lm_loss.view(-1)[1]
         return {
-            name: torch.stack([total.to(own), tokens if count is None else count.to(own)]).view(own.shape)
+            name: torch.stack([total.to(lm_loss), tokens if count is None else count.to(lm_loss)]).view(lm_loss.shape)
             for name, (total, count) in sums.items()
         }
     totals = torch.stack([total for total, _ in sums.values()])
     counts = torch.stack([loss_mask.sum().float() if count is None else count for _, count in sums.values()])
-    if isinstance(own, (tuple, list)) and len(own) == 2:
+    if isinstance(lm_loss, (tuple, list)) and len(lm_loss) == 2:
         totals, counts = _sum_over_data_parallel(torch.stack([totals, counts]))
         return {
-            name: (total, own[1] if divisor is None else count)
+            name: (total, lm_loss[1] if divisor is None else count)
             for (name, (_, divisor)), total, count in zip(sums.items(), totals, counts, strict=True)
         }
-    if isinstance(own, Tensor) and own.numel() == 1:
+    if isinstance(lm_loss, Tensor) and lm_loss.numel() == 1:
         totals, counts = _sum_over_data_parallel(torch.stack([totals, counts]))
-        means = (totals / counts.masked_fill(counts == 0, 1)).to(own.dtype)  # 0 where no token counts
-        return {name: mean.view(own.shape) for name, mean in zip(sums, means, strict=True)}
+        means = (totals / counts.masked_fill(counts == 0, 1)).to(lm_loss.dtype)  # 0 where no token counts
+        return {name: mean.view(lm_loss.shape) for name, mean in zip(sums, means, strict=True)}
     raise ValueError(
-        f"the report's 'lm loss' must be tensor([sum, count]), (sum, count) or a scalar tensor, got {own!r}"
+        f"the report's 'lm loss' must be tensor([sum, count]), (sum, count) or a scalar tensor, got {lm_loss!r}"
     )
 
 

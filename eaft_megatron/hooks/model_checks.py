@@ -28,5 +28,5 @@ def check_model(model: torch.nn.Module, arguments: Mapping[str, Any], name: str)
     if getattr(config, "cross_entropy_loss_fusion", False) and fusion == "linear":
         raise ValueError(
             "cross_entropy_fusion_impl 'linear' computes the loss within the output layer, where "
-            f"{name} cannot reach it: leave --cross-entropy-loss-fusion out (--eaft-linear-chunk does the same for it)"
+            f"{name} cannot reach it: remove --cross-entropy-loss-fusion (--eaft-linear-chunk does the same for it)"
         )

@@ -18,6 +18,11 @@ import torch
 from eaft_megatron.data.batches import epoch_order
 from eaft_megatron.data.prepared import PreparedData, content_of, evaluation_folders, training_folder
 from eaft_megatron.data.samples import PreparedDataset, block_diagonal_mask
+from eaft_megatron.megatron_map import (
+    PACKED_BOUNDARIES_ON_EVERY_STAGE,
+    READS_PACKED_BOUNDARIES,
+    SEVERAL_PACKS_IN_A_MICRO_BATCH,
+)
 
 
 class PreparedBatches:
@@ -51,8 +56,7 @@ class PreparedBatches:
         _refuse_what_is_not_ours(args)
         self.layout = choose_layout(args, training.manifest["packing"] is not None, version)
         packed = self.layout.packed
-        # 0.19 lets several packed samples share a micro-batch: it wants the boundaries padded to one length.
-        self._pad_boundaries = version >= (0, 19)
+        self._pad_boundaries = version >= SEVERAL_PACKS_IN_A_MICRO_BATCH
         self.with_sequence_ids = with_sequence_ids and (packed or self.layout.thd)
         self.train = self._open(training, packed, columns)
         self.evaluation = {name: self._open(PreparedData(path), packed, ()) for name, path in folders.items()}
@@ -71,7 +75,7 @@ class PreparedBatches:
             if not packed:
                 raise ValueError(
                     f"--context-parallel-size {self.args.context_parallel_size} with --sft cuts each row into {cut} "
-                    "equal pieces, which single rows are not padded for: leave --sft out (each sample is then cut as a "
+                    "equal pieces, which single rows are not padded for: remove --sft (each sample is then cut as a "
                     f"whole), or pack them: `eaft-megatron prepare --repack {data.path} --seq-length "
                     f"{self.args.seq_length} --pad-to-multiple-of {cut}` and no --sft-packing none"
                 )
@@ -186,8 +190,8 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
     choice, sft, local = args.sft_packing, getattr(args, "sft", False), args.transformer_impl == "local" and not hybrid
     if choice == "auto":
         choice = "thd" if sft else "none" if not has_packing else "mask" if local else "thd"
-    if sft and choice != "thd" and not (choice == "none" and not local and version >= (0, 17)):
-        raise ValueError(f"--sft-packing {choice} does not go with --sft: leave --sft out")
+    if sft and choice != "thd" and not (choice == "none" and not local and version >= READS_PACKED_BOUNDARIES):
+        raise ValueError(f"--sft-packing {choice} does not go with --sft: remove --sft")
     if choice == "thd" or sft:
         _check_thd(args, sft, local, version)
         return Layout(packed=choice == "thd" and has_packing, thd=True)
@@ -198,7 +202,7 @@ def choose_layout(args: argparse.Namespace, has_packing: bool, version: tuple[in
                 "attention ignores the mask and would look across the rows of a pack"
             )
         if not args.create_attention_mask_in_dataloader:
-            raise ValueError("--sft-packing mask: leave --no-create-attention-mask-in-dataloader out")
+            raise ValueError("--sft-packing mask: remove --no-create-attention-mask-in-dataloader")
         return Layout(packed=True, thd=False)
     return Layout(packed=False, thd=False)
 
@@ -220,10 +224,10 @@ def _refuse_what_is_not_ours(args: argparse.Namespace) -> None:
 
 def _check_thd(args: argparse.Namespace, sft: bool, local: bool, version: tuple[int, int]) -> None:
     ways_out = "give --sft-packing none (one row a sample)"
-    if version < (0, 17):
+    if version < READS_PACKED_BOUNDARIES:
         raise ValueError(f"packed data needs --sft of Megatron-LM 0.17 or later with Transformer Engine; or {ways_out}")
     if local:
-        raise ValueError("--sft makes THD batches, which --transformer-impl local refuses: leave --sft out")
+        raise ValueError("--sft makes THD batches, which --transformer-impl local refuses: remove --sft")
     if not sft:
         raise ValueError(
             "packed data with Transformer Engine needs --sft and --no-create-attention-mask-in-dataloader, so that "
@@ -231,14 +235,14 @@ def _check_thd(args: argparse.Namespace, sft: bool, local: bool, version: tuple[
         )
     if args.create_attention_mask_in_dataloader:
         raise ValueError("--sft with --sft-data: give --no-create-attention-mask-in-dataloader too")
-    if args.micro_batch_size != 1 and version < (0, 19):
+    if args.micro_batch_size != 1 and version < SEVERAL_PACKS_IN_A_MICRO_BATCH:
         raise ValueError(f"--sft packs within one sample: --micro-batch-size must be 1, not {args.micro_batch_size}")
-    if version < (0, 18) and args.pipeline_model_parallel_size > 1:
+    if version < PACKED_BOUNDARIES_ON_EVERY_STAGE and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size} with --sft: Megatron-LM before 0.18 "
             f"does not tell every rank where the rows of a pack end; use a later release, or {ways_out}"
         )
-    if version < (0, 18) and args.context_parallel_size > 1:
+    if version < PACKED_BOUNDARIES_ON_EVERY_STAGE and args.context_parallel_size > 1:
         raise ValueError(
             f"--context-parallel-size {args.context_parallel_size} with packed data needs Megatron-LM 0.18 or later"
         )

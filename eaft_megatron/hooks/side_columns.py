@@ -92,9 +92,9 @@ def _spread(seen: dict[str, Any], names: Sequence[str], shape: torch.Size, cu_se
         parallel_state.get_tensor_model_parallel_src_rank(),
         parallel_state.get_tensor_model_parallel_group(),
     )
-    there = torch.tensor([all(name in seen for name in names)], dtype=torch.int64, device=device)
-    torch.distributed.broadcast(there, source, group=group)
-    if not bool(there):
+    has_columns = torch.tensor([all(name in seen for name in names)], dtype=torch.int64, device=device)
+    torch.distributed.broadcast(has_columns, source, group=group)
+    if not bool(has_columns):
         return {}
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     spread = {}

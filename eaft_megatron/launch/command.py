@@ -203,7 +203,7 @@ def _refuse_disagreement(recipe: dict, recorded: dict, record: Path) -> None:
         if flag not in _ALIKE and recipe.get(flag) != recorded.get(flag):
             raise ValueError(
                 f"model.config means {flag} {_said(recipe, flag)}, but {record} says {_said(recorded, flag)}: the "
-                "checkpoint is right; correct the recipe, or leave model.config out"
+                "checkpoint is right; correct the recipe, or remove model.config"
             )
 
 

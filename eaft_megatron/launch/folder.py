@@ -126,5 +126,5 @@ def _commit(path: Path) -> str:
 
 def _environment() -> list[str]:
     """name==version of everything installed where `launch` runs."""
-    found = {(item.metadata["Name"] or "?", item.version) for item in importlib.metadata.distributions()}
-    return [f"{name}=={version}" for name, version in sorted(found, key=lambda pair: pair[0].lower())]
+    packages = {(item.metadata["Name"] or "?", item.version) for item in importlib.metadata.distributions()}
+    return [f"{name}=={version}" for name, version in sorted(packages, key=lambda pair: pair[0].lower())]

@@ -109,11 +109,11 @@ def _tensor_parallel_group(recipe: Recipe) -> dist.ProcessGroup | None:
     size = recipe.parallel.tensor
     if dist.get_world_size() % size:
         return None
-    own = None
+    rank_group = None
     for begin in range(0, dist.get_world_size(), size):
         group = dist.new_group(list(range(begin, begin + size)))
-        own = group if begin <= dist.get_rank() < begin + size else own
-    return own
+        rank_group = group if begin <= dist.get_rank() < begin + size else rank_group
+    return rank_group
 
 
 def _check_layout(recipe: Recipe) -> str:
@@ -134,9 +134,9 @@ def _check_versions() -> str:
             mine[name] = version
     if torch.cuda.is_available():
         mine |= {"CUDA": str(torch.version.cuda), "NCCL": ".".join(map(str, torch.cuda.nccl.version()))}
-    found = _by_node(mine)
-    first_node, first = next(iter(found.items()))
-    for node, other in found.items():
+    by_node = _by_node(mine)
+    first_node, first = next(iter(by_node.items()))
+    for node, other in by_node.items():
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise ValueError(f"{name} is {first.get(name)} on {first_node} and {other.get(name)} on {node}")
@@ -196,11 +196,11 @@ def _check_bandwidth(device: torch.device, minimum: float) -> str:
 def _check_shared(folder: Path) -> str:
     """What one node writes into the run folder, every other node reads."""
     nonce = on_rank_0(lambda: uuid.uuid4().hex)
-    own = folder / f".check-{nonce}-{dist.get_rank()}"
+    rank_file = folder / f".check-{nonce}-{dist.get_rank()}"
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own.write_text(nonce)
+        rank_file.write_text(nonce)
     except OSError as raised:
         error = raised
     dist.barrier()
@@ -208,7 +208,7 @@ def _check_shared(folder: Path) -> str:
     paths = [folder / f".check-{nonce}-{rank}" for rank in ranks]
     unseen = [path.name.rpartition("-")[2] for path in paths if not _holds(path, nonce)]
     dist.barrier()
-    own.unlink(missing_ok=True)
+    rank_file.unlink(missing_ok=True)
     if error is not None:
         raise ValueError(f"cannot write into {folder}: {error}")
     if unseen:
@@ -239,20 +239,20 @@ def _check_loss(recipe: Recipe, group: dist.ProcessGroup | None, device: torch.d
     target = torch.randint(vocab, (64,), generator=seed)
     target[::7] = -100
     kept = torch.bfloat16 if recipe.optimization.bf16 else torch.float32
-    whole = logits.to(kept).double().requires_grad_()
+    full_logits = logits.to(kept).double().requires_grad_()
     settings = loss_settings(recipe)
     options = {"topk": settings.topk, "alpha": settings.alpha, "entropy_norm": settings.entropy_norm}
-    expected = reference_eaft_loss(whole, target, **options)[0]
+    expected = reference_eaft_loss(full_logits, target, **options)[0]
     expected.sum().backward()
     padded = torch.full((64, columns * size), 1e4, dtype=kept)  # padding that would be seen if it were read
     padded[:, :vocab] = logits
     mine = padded[:, rank * columns : (rank + 1) * columns].to(device).requires_grad_()
     actual = vocab_parallel_eaft_loss(mine, target.to(device), group=group, vocab_size=vocab, **options)
     actual.sum().backward()
-    assert whole.grad is not None and mine.grad is not None
-    own = whole.grad[:, rank * columns : (rank + 1) * columns]
+    assert full_logits.grad is not None and mine.grad is not None
+    expected_gradient = full_logits.grad[:, rank * columns : (rank + 1) * columns]
     loss_error = _relative(actual.detach().cpu().double(), expected.detach())
-    gradient_error = _relative(mine.grad[:, : own.shape[1]].cpu().double(), own)
+    gradient_error = _relative(mine.grad[:, : expected_gradient.shape[1]].cpu().double(), expected_gradient)
     allowed = 2e-2 if kept is torch.bfloat16 else 1e-4  # the gradient is rounded to the type of the logits
     if not (loss_error < 1e-4 and gradient_error < allowed):
         raise ValueError(

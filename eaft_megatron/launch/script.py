@@ -116,7 +116,7 @@ def _fill(text: str, mark: str, lines: list[str]) -> str:
     """The text with the lines between the marks replaced."""
     body = "\n".join(lines)
     filled, count = re.subn(
-        rf"(?ms)^# >>> {mark}\n.*?^# <<< {mark}$", lambda found: f"# >>> {mark}\n{body}\n# <<< {mark}", text
+        rf"(?ms)^# >>> {mark}\n.*?^# <<< {mark}$", lambda match: f"# >>> {mark}\n{body}\n# <<< {mark}", text
     )
     assert count == 1, f"sft.sbatch has no place for the {mark}"
     return filled

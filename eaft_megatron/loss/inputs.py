@@ -17,6 +17,8 @@ BoundGate = Callable[[TokenStats], GateOutput]
 """A gate that has its side columns, sequences and group already."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_TOY_COLUMNS = 128
+"""Megatron pads a shard to a multiple of this, so that of a toy vocabulary one shard may hold all."""
 
 
 def check_loss_inputs(
@@ -85,6 +87,12 @@ def make_plan(
         raise ValueError(
             f"vocab_size (--true-vocab-size) must lie in [1, {columns * size}], what {size} shard(s) of {columns} "
             f"columns hold, got {vocab_size}"
+        )
+    if size > 1 and columns >= vocab_size and (columns == vocab_size or columns > _TOY_COLUMNS):
+        raise ValueError(
+            f"each of {size} tensor-parallel ranks holds {columns} columns, the whole vocabulary of {vocab_size}: "
+            "these logits were gathered (parallel_output=False?), and their gradient would reach one rank alone. Give "
+            "each rank its own columns, or group=None where every rank computes the whole loss"
         )
     topk = min(topk, vocab_size)
     k = topk if entropy else 1  # the maximum is needed in any case

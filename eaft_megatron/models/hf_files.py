@@ -65,20 +65,20 @@ class HFTensors:
     def bytes(self) -> int:
         """Of all tensors together, headers left out."""
         slices = [self[name] for name in self.file_of]
-        return sum(math.prod(found.get_shape()) * _FLOATS[found.get_dtype()] for found in slices)
+        return sum(math.prod(part.get_shape()) * _FLOATS[part.get_dtype()] for part in slices)
 
     def check(self, expected: dict[str, list[int]]) -> None:
         """ValueError, naming tensor and file, unless the folder holds exactly the expected names and shapes."""
         for name, shape in expected.items():
             if name not in self.file_of:
                 raise ValueError(f"tensor {name} is missing from {self._where()}")
-            found = self[name]
-            if list(found.get_shape()) != shape:
-                have = list(found.get_shape())
+            tensor = self[name]
+            if list(tensor.get_shape()) != shape:
+                have = list(tensor.get_shape())
                 raise ValueError(f"tensor {name} in {self.file_of[name]} has shape {have}, the model needs {shape}")
-            if found.get_dtype() not in _FLOATS:
+            if tensor.get_dtype() not in _FLOATS:
                 raise ValueError(
-                    f"tensor {name} in {self.file_of[name]} has dtype {found.get_dtype()}: give the folder of the "
+                    f"tensor {name} in {self.file_of[name]} has dtype {tensor.get_dtype()}: give the folder of the "
                     f"unquantised model ({', '.join(_FLOATS)})"
                 )
         for name, path in self.file_of.items():

@@ -343,8 +343,8 @@ def _with_torch_adam(cls: Any) -> dict[str, Callable]:
                 values["step"] = values["step"].clone()
 
     def with_own_step(self: Any, model_param: torch.Tensor, tensors: dict) -> None:
-        own = {name: value for name, value in get_states(self, model_param).items() if name == "step"}
-        set_states(self, model_param, {**own, **tensors})
+        steps = {name: value for name, value in get_states(self, model_param).items() if name == "step"}
+        set_states(self, model_param, {**steps, **tensors})
 
     return {
         "state_dict": with_step_zero,

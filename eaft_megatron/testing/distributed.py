@@ -230,10 +230,10 @@ def _environment(values: Mapping[str, str | None]) -> Iterator[None]:
 def _locate(fn: Callable[..., Any]) -> tuple[str, str | None, str]:
     """(module, file, qualified name) by which a child finds fn; ValueError when it could not."""
     module = sys.modules.get(getattr(fn, "__module__", None) or "")
-    found: Any = module
+    value: Any = module
     for part in getattr(fn, "__qualname__", "?").split("."):
-        found = getattr(found, part, None)
-    if found is not fn:
+        value = getattr(value, part, None)
+    if value is not fn:
         raise ValueError(f"{fn!r} must be a module-level function: a child process finds it by module and name")
     return fn.__module__, getattr(module, "__file__", None), fn.__qualname__
 

@@ -182,8 +182,8 @@ def global_batch(
 def micro_batches(batch: dict[str, torch.Tensor], micro_batch_size: int = 1) -> list[dict[str, torch.Tensor]]:
     """This data-parallel rank's share of a global batch, in order; each tensor [micro_batch_size, seq_length]."""
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    own = {key: value.chunk(dp)[rank] for key, value in batch.items()}
-    split = {key: value.split(micro_batch_size) for key, value in own.items()}
+    rank_batch = {key: value.chunk(dp)[rank] for key, value in batch.items()}
+    split = {key: value.split(micro_batch_size) for key, value in rank_batch.items()}
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 

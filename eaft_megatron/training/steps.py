@@ -78,9 +78,9 @@ def evaluation_batches(dataset: PreparedDataset, args: argparse.Namespace, devic
         filled = order[begin : begin + args.global_batch_size]
         length = dataset.padded_length(filled, _LENGTH_MULTIPLE)
         part: list[int | None] = [*filled, *[None] * (args.global_batch_size - len(filled))]
-        own = part[parallel_state.get_data_parallel_rank() :: args.data_parallel_size]
+        rank_part = part[parallel_state.get_data_parallel_rank() :: args.data_parallel_size]
         size = args.micro_batch_size
-        yield _load(dataset, [own[i : i + size] for i in range(0, len(own), size)], length, device), length
+        yield _load(dataset, [rank_part[i : i + size] for i in range(0, len(rank_part), size)], length, device), length
 
 
 def run_schedule(

@@ -42,7 +42,7 @@ def test_scores_and_landscape_of_a_real_model(tmp_path):
     source = write(tmp_path / "topics.jsonl", [{"text": topics[name][:2000]} for name in names[:14]])
     arguments = ["--input", source, "--tokenizer", str(model), "--output", str(folder), "--seq-length", "1024"]
     assert main(["prepare", *arguments, "--num-workers", "1"]) == 0
-    assert main(["score", str(model), str(folder), "--fidelity", "--batch-tokens", "1024"]) == 0
+    assert main(["score", str(model), str(folder), "--fidelity", "--sum-p-squared", "--batch-tokens", "1024"]) == 0
     assert main(["landscape", str(folder), "--output", str(tmp_path / "out")]) == 0
 
     data = PreparedData(folder)

@@ -289,7 +289,7 @@ def test_lost_files_are_noticed(tmp_path, tokenizer_dir):
         (["--seq-length", "16", "--valid-fraction", "1"], "--valid-fraction 1.0"),
         (["--seq-length", "16", "--tokenizer", "/nowhere"], "--tokenizer /nowhere: cannot be loaded"),
         (["--seq-length", "16", "--input", "/nowhere.jsonl"], "/nowhere.jsonl"),
-        (["--seq-length", "16", "--repack", "/x"], "leave --input"),
+        (["--seq-length", "16", "--repack", "/x"], "remove --input"),
     ],
 )
 def test_wrong_flags_are_named(tmp_path, tokenizer_dir, capsys, flags, message):

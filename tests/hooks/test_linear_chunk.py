@@ -88,15 +88,15 @@ def _both(processes: int) -> dict[str, tuple[dict, dict]]:
         calls.append(kwargs["chunk_tokens"])
         return linear(*args, **kwargs)
 
-    found, whole, linear = {}, DeferredLogits.whole, loss_hook.vocab_parallel_linear_token_loss
+    found, materialize, linear = {}, DeferredLogits.materialize, loss_hook.vocab_parallel_linear_token_loss
     loss_hook.vocab_parallel_linear_token_loss = counted
     with cpu_standins():
         for name, layout in LAYOUTS[processes].items():
             expected = _step(**layout)
             assert not calls
-            DeferredLogits.whole = never
+            DeferredLogits.materialize = never
             found[name] = _step(**layout, chunk=CHUNK), expected
-            DeferredLogits.whole = whole
+            DeferredLogits.materialize = materialize
             found[name][0]["calls"] = list(calls)
             calls.clear()
     return found
@@ -255,7 +255,7 @@ def _check_refusals(model, batch, hook) -> None:
         _call(model, batch)
     del layer.weight.__fsdp_param__
     own = hook.compute
-    hook.compute = lambda self, labels, logits, original: own(self, labels, logits.whole(), original)
+    hook.compute = lambda self, labels, logits, original: own(self, labels, logits.materialize(), original)
     with pytest.raises(ValueError, match="its logits are whole already"):
         _call(model, batch)
     hook.compute = own

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import eaft_megatron
+from eaft_megatron.testing.distributed import run_distributed
 
 LOSSES = [name for name in eaft_megatron.__all__ if name.startswith("vocab_parallel") and name.endswith("_loss")]
 
@@ -41,3 +42,19 @@ def test_an_unknown_argument_is_refused(name):
     tensors = [torch.zeros(2, 3), torch.zeros(8, 3)] if "linear" in name else [torch.zeros(2, 8)]
     with pytest.raises(TypeError, match="top_k"):
         getattr(eaft_megatron, name)(*tensors, torch.tensor([0, 1]), *gate, top_k=3)
+
+
+def _gathered(vocab_size: int) -> str:
+    group = torch.distributed.group.WORLD
+    with pytest.raises(ValueError) as raised:
+        eaft_megatron.vocab_parallel_eaft_loss(
+            torch.zeros(2, 160), torch.zeros(2, dtype=torch.int64), group=group, vocab_size=vocab_size
+        )
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("vocab_size", [160, 150])
+def test_logits_that_were_gathered_are_noticed(vocab_size):
+    """Every rank holds the whole vocabulary, with or without padding: the loss would be right, the gradient not."""
+    for message in run_distributed(_gathered, 2, vocab_size):
+        assert f"holds 160 columns, the whole vocabulary of {vocab_size}" in message and "group=None" in message

@@ -17,4 +17,4 @@ fi
 if [ "${1:-}" = --install ]; then
   exec unshare --net --uts --mount --pid --fork true
 fi
-EAFT_SLURM=1 OMP_NUM_THREADS=1 "${1:-.venv/bin/python}" -m pytest tests/slurm --durations=0
+EAFT_SLURM=1 OMP_NUM_THREADS=1 "${1:-.venv/bin/python}" -m pytest -p no:randomly tests/slurm --durations=0

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("EAFT_SLURM") != "1", reason="EAFT_SLURM is not 1: tests/slurm/run.sh sets it"),
 ]
 
-STEPS = 20
+STEPS = 60
 RECIPE = """
 name: {name}
 entrypoint: train

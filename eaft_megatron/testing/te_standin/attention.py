@@ -130,8 +130,8 @@ class DotProductAttention(Module):
     def _rows(self, layers: tuple[Tensor, Tensor, Tensor], mask_type: str, attention_mask: Tensor | None) -> Tensor:
         """``[s / cp, b, h, d]``."""
         ranks = parallel.group_size(self.cp_group)
-        whole = torch.tensor([0, layers[0].shape[0] * ranks], dtype=torch.int32)
-        layers, query_at, key_at = self._gathered(layers, whole)
+        boundaries = torch.tensor([0, layers[0].shape[0] * ranks], dtype=torch.int32)
+        layers, query_at, key_at = self._gathered(layers, boundaries)
         if mask_type == "causal":
             hidden = key_at > query_at.unsqueeze(1)
         elif mask_type == "no_mask":
