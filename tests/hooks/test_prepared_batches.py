@@ -68,7 +68,7 @@ def test_layouts(given, packing, version, expected):
         ({"sft_packing": "mask"}, (0, 19), "needs --transformer-impl local"),
         ({**LOCAL, "sft": True}, (0, 19), "--transformer-impl local refuses"),
         ({**LOCAL, "sft_packing": "thd"}, (0, 19), "--transformer-impl local refuses"),
-        ({**LOCAL, "create_attention_mask_in_dataloader": False}, (0, 19), "leave --no-create-attention-mask"),
+        ({**LOCAL, "create_attention_mask_in_dataloader": False}, (0, 19), "remove --no-create-attention-mask"),
         ({"sft": True}, (0, 19), "give --no-create-attention-mask-in-dataloader"),
         ({**THD, "micro_batch_size": 2}, (0, 18), "--micro-batch-size must be 1"),
         ({**THD, "context_parallel_size": 2}, (0, 17), "needs Megatron-LM 0.18"),
